@@ -1,0 +1,62 @@
+#include "cpu.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace spin {
+
+const CpuFeatures& cpu_features() {
+  static const CpuFeatures features = [] {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    return CpuFeatures{
+        .vendor = __builtin_cpu_is("intel") ? "intel" : __builtin_cpu_is("amd") ? "amd" : "other",
+        .avx2_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
+        .avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
+        .avx512_bf16 = bool(__builtin_cpu_supports("avx512bf16")),
+    };
+#else
+    return CpuFeatures{"other", false, false, false};
+#endif
+  }();
+  return features;
+}
+
+std::vector<std::string> available_isas() {
+  const CpuFeatures& cpu = cpu_features();
+  std::vector<std::string> names{"portable"};
+  if (cpu.avx2_fma && kernels_avx2()) names.push_back("avx2");
+  if (cpu.avx512 && kernels_avx512()) names.push_back("avx512");
+  if (cpu.avx512 && cpu.avx512_bf16 && kernels_avx512_bf16()) names.push_back("avx512_bf16");
+  return names;
+}
+
+const Kernels& select_kernels(DType type, const std::string& isa) {
+  static const std::vector<std::string> names = available_isas();
+  std::string chosen = isa;
+  if (chosen.empty()) {
+    chosen = names.back();
+    // vdpbf16ps does two multiply-adds per lane. Zen 4 and 5 issue it as often as a float32 multiply-add;
+    // Intel's cores without AMX issue it a quarter as often (measured: 100 against 195 GFLOP/s on one core
+    // of an Emerald Rapids), so there bf16 is faster, and more precise, in the float32 kernels.
+    if (chosen == "avx512_bf16" && cpu_features().vendor != "amd") chosen = "avx512";
+  } else if (std::find(names.begin(), names.end(), chosen) == names.end()) {
+    std::string list;
+    for (const std::string& name : names) list += (list.empty() ? "" : ", ") + name;
+    throw std::runtime_error("SPIN_CPU_ISA: expected one of " + list + " on this processor, got '" + chosen +
+                             "'; unset it or choose one of these");
+  }
+  if (chosen == "avx512_bf16") return type == DType::kBFloat16 ? *kernels_avx512_bf16() : *kernels_avx512();
+  if (chosen == "avx512") return *kernels_avx512();
+  if (chosen == "avx2") return *kernels_avx2();
+  return *kernels_portable();
+}
+
+std::string forced_isa() {
+  const char* value = std::getenv("SPIN_CPU_ISA");
+  return value ? value : "";
+}
+
+}  // namespace spin

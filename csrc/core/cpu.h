@@ -1,0 +1,27 @@
+// Which instruction sets this processor has, and which kernels a call takes.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace spin {
+
+struct CpuFeatures {
+  std::string vendor;  // "intel", "amd" or "other"
+  bool avx2_fma, avx512, avx512_bf16;
+};
+const CpuFeatures& cpu_features();
+
+// Names that SPIN_CPU_ISA accepts here, slowest first.
+std::vector<std::string> available_isas();
+
+// Kernels for tensors of `type`. `isa` empty: the fastest. Throws std::runtime_error when `isa` is not a
+// name or not there. float16, and bf16 without useful bf16 instructions, run in float32 kernels that
+// convert on the way in and out.
+const Kernels& select_kernels(DType type, const std::string& isa);
+
+// The value of the environment variable SPIN_CPU_ISA, empty when it is not set.
+std::string forced_isa();
+
+}  // namespace spin

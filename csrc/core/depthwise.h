@@ -1,0 +1,188 @@
+// The depthwise convolution with its epilogue and the block's first residual:
+//   y = x + scale * act(sum over (i, j) of taps[i, j] * x[row + i - p, column + j - p] + bias) + shift.
+//
+// Channels lie in the lanes, so a tap is one vector and nothing is shuffled. A row of up to 16 outputs is
+// held in registers while the tap rows pass: each input vector is loaded once per tap row and feeds up to
+// k sums; the k taps of a row stay in registers too (16 + 9 + 1 of 32 at k = 9). Taps that fall on the
+// zero padding are skipped, in both directions: which ones is known at compile time for tiles at the
+// left and right edge, and is the range of tap rows at the top and bottom.
+//
+// Cost: rows * columns * k * k multiply-adds of one vector each, less the skipped ones (at 16 x 16, k = 9:
+// 27 %), so more than the nominal peak can be seen. Loads: (columns + k - 1) / (columns * k) per
+// multiply-add. Kernel sizes other than 3, 5, 7, 9 take one load per multiply-add from zero-padded rows.
+//
+// Chains in bf16 are widened to float once per plane (not once per tap row) into a scratch that fits L1
+// or L2; everything else is the same code.
+#pragma once
+#include "epilogue.h"
+#include "kernels.h"
+
+namespace spin {
+
+template <class V>
+struct Depthwise {
+  using F = typename V::F;
+  static constexpr int64_t kVectorBytes = V::kLanes * (V::kChain == DType::kFloat32 ? 4 : 2);
+  static constexpr int64_t kLineBytes = kVectorBytes * V::kLineVectors;
+  static constexpr bool kWiden = V::kChain != DType::kFloat32;
+  static constexpr int64_t kScratchBytes = 128 << 10;  // a share of L2
+
+  // Float rows of one vector of channels: the plane itself, or a copy of some of its rows.
+  struct Rows {
+    const float* data;      // image row `first`, column 0
+    int64_t first, stride;  // floats from one row to the next
+  };
+
+  // ---- k in {3, 5, 7, 9}: kColumns outputs in registers, the padding at the edges compiled away ----
+
+  using RowTile = void (*)(const float* input, int64_t row_stride, int64_t tap_rows, const float* taps, const float* bias, float* sums);
+
+  template <int kSize, int kColumns, bool kLeft, bool kRight>
+  static void row_tile(const float* input, int64_t row_stride, int64_t tap_rows, const float* taps, const float* bias, float* sums) {
+    constexpr int kPad = kSize / 2;
+    F sum[kColumns];
+#pragma GCC unroll 16
+    for (int c = 0; c < kColumns; ++c) sum[c] = V::load(bias);
+    for (int64_t i = 0; i < tap_rows; ++i, input += row_stride, taps += kSize * V::kLanes) {
+      F tap[kSize];
+#pragma GCC unroll 9
+      for (int j = 0; j < kSize; ++j) tap[j] = V::load(taps + j * V::kLanes);
+#pragma GCC unroll 24
+      for (int x = kLeft ? 0 : -kPad; x < kColumns + (kRight ? 0 : kPad); ++x) {
+        const F value = V::load(input + x * V::kLanes);
+#pragma GCC unroll 9
+        for (int j = 0; j < kSize; ++j) {
+          const int c = x + kPad - j;
+          if (c >= 0 && c < kColumns) sum[c] = V::fma(value, tap[j], sum[c]);
+        }
+      }
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < kColumns; ++c) V::store(sums + c * V::kLanes, sum[c]);
+  }
+
+  // Tiles between 1 and kRowColumns wide; those of a row that needs several are at least half that.
+  template <int kSize, int kColumns = V::kRowColumns>
+  static RowTile find_row_tile(int64_t columns, bool left, bool right) {
+    if constexpr (kColumns > 1) {
+      if (columns < kColumns) return find_row_tile<kSize, kColumns - 1>(columns, left, right);
+    }
+    if (left && right) return row_tile<kSize, kColumns, true, true>;
+    if constexpr (2 * kColumns >= V::kRowColumns) {
+      if (left) return row_tile<kSize, kColumns, true, false>;
+      if (right) return row_tile<kSize, kColumns, false, true>;
+      return row_tile<kSize, kColumns, false, false>;
+    }
+    return nullptr;
+  }
+
+  static RowTile find_row_tile(int64_t kernel_size, int64_t columns, bool left, bool right) {
+    switch (kernel_size) {
+      case 3: return find_row_tile<3>(columns, left, right);
+      case 5: return find_row_tile<5>(columns, left, right);
+      case 7: return find_row_tile<7>(columns, left, right);
+      case 9: return find_row_tile<9>(columns, left, right);
+      default: return nullptr;
+    }
+  }
+
+  static SPIN_INLINE bool has_row_tiles(int64_t kernel_size) { return kernel_size >= 3 && kernel_size <= 9; }
+
+  // ---- any k: rows padded with zeros on both sides, tap by tap ----
+
+  template <int kColumns>
+  static void padded_tile(const float* input, int64_t row_stride, int64_t kernel_size, int64_t tap_rows, const float* taps, const float* bias, float* sums) {
+    F sum[kColumns];
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) sum[c] = V::load(bias);
+    for (int64_t i = 0; i < tap_rows; ++i, input += row_stride) {
+      for (int64_t j = 0; j < kernel_size; ++j, taps += V::kLanes) {
+        const F tap = V::load(taps);
+#pragma GCC unroll 8
+        for (int c = 0; c < kColumns; ++c) sum[c] = V::fma(V::load(input + (c + j) * V::kLanes), tap, sum[c]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < kColumns; ++c) V::store(sums + c * V::kLanes, sum[c]);
+  }
+
+  // ---- driver ----
+
+  static SPIN_INLINE int64_t band_rows(int64_t height, int64_t width, int64_t kernel_size) {
+    const int64_t row_bytes = (width + kernel_size - 1) * V::kLanes * 4;
+    const int64_t rows = kScratchBytes / row_bytes - (kernel_size - 1);
+    return rows < 4 ? (height < 4 ? height : 4) : rows < height ? rows : height;
+  }
+
+  static int64_t scratch(int64_t height, int64_t width, int64_t kernel_size) {
+    if (!kWiden && has_row_tiles(kernel_size)) return 0;
+    // Padded tiles always compute 8 columns: the last one of the last row may run past its end.
+    return ((band_rows(height, width, kernel_size) + kernel_size - 1) * (width + kernel_size - 1) + 8) * V::kLanes;
+  }
+
+  // Rows [first, last) of one vector of channels as floats, with `pad` zero columns on either side.
+  static Rows widen(const DepthwiseArgs& a, int64_t vector, int64_t first, int64_t last, int64_t pad) {
+    float* to = a.scratch;
+    const char* from = a.input + first * a.width * kLineBytes + vector * kVectorBytes;
+    for (int64_t row = first; row < last; ++row) {
+      for (int64_t i = 0; i < pad; ++i, to += V::kLanes) V::store(to, V::zero());
+      for (int64_t i = 0; i < a.width; ++i, to += V::kLanes, from += kLineBytes) V::store(to, V::load_chain(from));
+      for (int64_t i = 0; i < pad; ++i, to += V::kLanes) V::store(to, V::zero());
+    }
+    return {a.scratch + pad * V::kLanes, first, (a.width + 2 * pad) * V::kLanes};
+  }
+
+  template <Activation kActivation>
+  static void rows(const DepthwiseArgs& a, const Rows& source, int64_t vector, int64_t first, int64_t last) {
+    const int64_t k = a.kernel_size, pad = k / 2;
+    const bool padded = !has_row_tiles(k);
+    const int64_t widest = padded ? 8 : V::kRowColumns;
+    const int64_t tiles = ceil_div(a.width, widest), small = a.width / tiles, larger = a.width % tiles;
+    const float* taps = a.taps + vector * k * k * V::kLanes;
+    const float* bias = a.bias + vector * V::kLanes;
+    alignas(64) float sums[(V::kRowColumns > 8 ? V::kRowColumns : 8) * V::kLanes];
+    int64_t column = 0;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t columns = small + (tile < larger);
+      const RowTile function = padded ? nullptr : find_row_tile(k, columns, tile == 0, tile == tiles - 1);
+      for (int64_t row = first; row < last; ++row) {
+        const int64_t top = row < pad ? 0 : row - pad, bottom = row + pad < a.height ? row + pad + 1 : a.height;
+        const float* input = source.data + (top - source.first) * source.stride + column * V::kLanes;
+        const float* used = taps + (top + pad - row) * k * V::kLanes;
+        if (padded) {
+          padded_tile<8>(input - pad * V::kLanes, source.stride, k, bottom - top, used, bias, sums);
+        } else {
+          function(input, source.stride, bottom - top, used, bias, sums);
+        }
+        const int64_t token = row * a.width + column;
+        epilogue<V, kActivation>({sums, V::kLanes, columns, nullptr, nullptr, a.scale + vector * V::kLanes,
+                                  a.shift + vector * V::kLanes,
+                                  a.input + token * kLineBytes + vector * kVectorBytes,
+                                  a.output + (token - a.first_row * a.width) * kLineBytes + vector * kVectorBytes,
+                                  kLineBytes});
+      }
+      column += columns;
+    }
+  }
+
+  static void run(const DepthwiseArgs& a) {
+    const int64_t pad = a.kernel_size / 2;
+    const bool copy = kWiden || !has_row_tiles(a.kernel_size);
+    const int64_t step = copy ? band_rows(a.height, a.width, a.kernel_size) : a.last_row - a.first_row;
+    with_activation(a.activation, [&](auto activation) {
+      for (int64_t vector = 0; vector < V::kLineVectors; ++vector) {
+        for (int64_t first = a.first_row; first < a.last_row; first += step) {
+          const int64_t last = first + step < a.last_row ? first + step : a.last_row;
+          Rows source{reinterpret_cast<const float*>(a.input), 0, a.width * V::kLanes};
+          if (copy) {
+            const int64_t top = first < pad ? 0 : first - pad, bottom = last + pad < a.height ? last + pad : a.height;
+            source = widen(a, vector, top, bottom, has_row_tiles(a.kernel_size) ? 0 : pad);
+          }
+          rows<decltype(activation)::value>(a, source, vector, first, last);
+        }
+      }
+    });
+  }
+};
+
+}  // namespace spin

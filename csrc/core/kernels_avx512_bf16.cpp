@@ -1,0 +1,22 @@
+#include "kernels.h"
+
+#ifdef __AVX512BF16__
+#include "make_kernels.h"
+#include "simd_avx512.h"
+
+namespace spin {
+
+const Kernels* kernels_avx512_bf16() {
+  static constexpr Kernels kernels = make_kernels<Avx512Bf16>("avx512_bf16");
+  return &kernels;
+}
+
+}  // namespace spin
+
+#else
+
+namespace spin {
+const Kernels* kernels_avx512_bf16() { return nullptr; }
+}  // namespace spin
+
+#endif

@@ -1,0 +1,63 @@
+// The table of kernels of one instruction set: included by one source file per instruction set, each
+// compiled with its own flags.
+#pragma once
+#include "depthwise.h"
+#include "layout.h"
+#include "product.h"
+
+// Tells the compiler that a vector register is used and changed here.
+#if defined(__x86_64__)
+#define SPIN_KEEP(x) asm volatile("" : "+v"(x))
+#else
+#define SPIN_KEEP(x) asm volatile("" : "+w"(x))
+#endif
+
+namespace spin {
+
+template <class V>
+void activate_all(Activation activation, const float* from, float* to, int64_t count) {
+  with_activation(activation, [&](auto constant) {
+    for (int64_t i = 0; i < count; i += V::kLanes) {
+      V::store(to + i, activate<V, decltype(constant)::value>(V::load(from + i)));
+    }
+  });
+}
+
+template <class V>
+double multiply_add_loop(int64_t iterations) {
+  constexpr int kSums = 12;  // more than latency x issue rate of any processor this runs on
+  typename V::F sum[kSums], weight = V::set(1e-20f), unit = V::set(0.5f);
+  for (int i = 0; i < kSums; ++i) sum[i] = V::set(1e-8f);
+  for (int64_t n = 0; n < iterations; ++n) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i) sum[i] = V::mac(sum[i], weight, unit);
+#pragma GCC unroll 12
+    for (int i = 0; i < kSums; ++i) SPIN_KEEP(sum[i]);
+  }
+  return 2.0 * kSums * V::kLanes * V::kLineVectors * iterations;
+}
+
+template <class V>
+constexpr Kernels make_kernels(const char* name) {
+  return {
+      .name = name,
+      .lanes = V::kLanes,
+      .line_channels = Layout<V>::kLineChannels,
+      .line_bytes = Layout<V>::kLineBytes,
+      .panel_vectors = V::kPanelVectors,
+      .units_per_line = Product<V>::kUnits,
+      .chain = V::kChain,
+      .product = Product<V>::run,
+      .depthwise = Depthwise<V>::run,
+      .depthwise_scratch = Depthwise<V>::scratch,
+      .pack_panel = Layout<V>::pack_panel,
+      .load = Layout<V>::load,
+      .store = Layout<V>::store,
+      .load_patches = Layout<V>::load_patches,
+      .pool = Layout<V>::pool,
+      .multiply_add_loop = multiply_add_loop<V>,
+      .activate = activate_all<V>,
+  };
+}
+
+}  // namespace spin

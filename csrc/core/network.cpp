@@ -1,0 +1,251 @@
+#include "network.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace spin {
+
+// ---- layout of the packed memory ----
+
+Network::Network(const Kernels& kernels, NetworkShape shape, int64_t slots)
+    : kernels_(&kernels), shape_(std::move(shape)) {
+  const NetworkShape& s = shape_;
+  const int64_t channels = padded(s.channels);
+  auto place = [&](int64_t bytes) {
+    const int64_t offset = bytes_;
+    bytes_ += round_up(bytes, kCacheLine);
+    return offset;
+  };
+  taps_ = place(s.filters * channels * s.kernel_size * s.kernel_size * 4);
+  dw_bias_ = place(s.filters * channels * 4);
+  dw_affine_ = place(s.depth * 2 * channels * 4);
+  pw_bias_ = place(s.matrices * channels * 4);
+  pw_gain_ = place(s.depth * channels * 4);
+  pw_affine_ = place(s.depth * 2 * channels * 4);
+  matrices_ = place(slots * matrix_bytes(s.channels, s.channels));
+  const int64_t ends = s.whole();
+  stem_ = place(ends * matrix_bytes(patch_inputs(), s.channels));
+  stem_vectors_ = place(ends * 4 * channels * 4);
+  head_ = place(ends * matrix_bytes(s.channels, s.classes));
+  head_vectors_ = place(ends * 4 * padded(s.classes) * 4);
+}
+
+int64_t Network::vectors(int64_t channels) const { return padded(channels) / kernels_->lanes; }
+
+int64_t Network::matrix_bytes(int64_t inputs, int64_t outputs) const {
+  return lines(inputs) * kernels_->units_per_line * 4 * padded(outputs);
+}
+
+// ---- packing ----
+
+namespace {
+
+// `count` scalars as floats, zero-padded; without data all are `otherwise`.
+void copy_vector(const char* from, DType type, int64_t count, float otherwise, int64_t padded, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from ? load_scalar(from, type, i) : otherwise;
+  std::fill(to + count, to + padded, 0.f);
+}
+void copy_vector(const float* from, int64_t count, float otherwise, int64_t padded, float* to) {
+  copy_vector(reinterpret_cast<const char*>(from), DType::kFloat32, count, otherwise, padded, to);
+}
+const char* offset(const char* data, DType type, int64_t elements) {
+  return data ? data + elements * size_of(type) : nullptr;
+}
+const float* offset(const float* data, int64_t elements) { return data ? data + elements : nullptr; }
+
+}  // namespace
+
+void Network::pack_parameters(const MixerWeights& w, int64_t item) const {
+  const int64_t channels = shape_.channels, lanes = kernels_->lanes, stride = padded(channels);
+  if (item < shape_.filters) {
+    const int64_t area = shape_.kernel_size * shape_.kernel_size;
+    float* taps = floats(taps_) + item * stride * area;
+    const char* from = offset(w.dw_weight, w.type, item * channels * area);
+    for (int64_t c = 0; c < stride; ++c) {
+      float* to = taps + c / lanes * area * lanes + c % lanes;
+      for (int64_t i = 0; i < area; ++i) to[i * lanes] = c < channels ? load_scalar(from, w.type, c * area + i) : 0.f;
+    }
+    copy_vector(offset(w.dw_bias, w.type, item * channels), w.type, channels, 0.f, stride,
+                floats(dw_bias_) + item * stride);
+    return;
+  }
+  const int64_t d = item - shape_.filters;
+  for (int64_t i = 2 * d; i < 2 * d + 2; ++i) {
+    copy_vector(w.dw_affine + i * channels, channels, 0.f, stride, floats(dw_affine_) + i * stride);
+    copy_vector(w.pw_affine + i * channels, channels, 0.f, stride, floats(pw_affine_) + i * stride);
+  }
+  copy_vector(offset(w.pw_gain, d * channels), channels, 1.f, stride, floats(pw_gain_) + d * stride);
+}
+
+void Network::pack_matrix_panel(const MixerWeights& w, int64_t matrix, int64_t slot, int64_t panel) const {
+  const int64_t channels = shape_.channels, size = channels * channels;
+  if (panel == 0) {
+    copy_vector(offset(w.pw_bias, w.type, matrix * channels), w.type, channels, 0.f, padded(channels),
+                floats(pw_bias_) + matrix * padded(channels));
+  }
+  const int64_t begin = panel_begin(panel, channels), end = panel_begin(panel + 1, channels);
+  kernels_->pack_panel({
+      .source = w.pw_coefficients ? w.pw_weight : offset(w.pw_weight, w.type, matrix * size),
+      .type = w.type,
+      .templates = w.pw_coefficients ? w.templates : 1,
+      .template_stride = size,
+      .coefficients = w.pw_coefficients ? w.pw_coefficients + matrix * w.templates : nullptr,
+      .rows = channels,
+      .columns = channels,
+      .first_row = begin * kernels_->lanes,
+      .vectors = end - begin,
+      .panel = at(matrices_) + slot * matrix_bytes(channels, channels) + panel_offset(panel, channels, channels),
+  });
+}
+
+void Network::pack_ends(const EndWeights& w) const {
+  struct End {
+    const char *weight, *bias;
+    const float* affine;
+    int64_t inputs, outputs, matrix, vectors;
+  };
+  for (const End& end : {End{w.patch_weight, w.patch_bias, w.patch_affine, patch_inputs(), shape_.channels, stem_, stem_vectors_},
+                         End{w.head_weight, w.head_bias, nullptr, shape_.channels, shape_.classes, head_, head_vectors_}}) {
+    const int64_t stride = padded(end.outputs);
+    float* to = floats(end.vectors);
+    copy_vector(end.bias, shape_.type, end.outputs, 0.f, stride, to);
+    copy_vector(nullptr, end.outputs, 1.f, stride, to + stride);
+    copy_vector(end.affine, end.outputs, 1.f, stride, to + 2 * stride);
+    copy_vector(offset(end.affine, end.outputs), end.outputs, 0.f, stride, to + 3 * stride);
+    for (int64_t panel = 0; panel < panels(end.outputs); ++panel) {
+      const int64_t begin = panel_begin(panel, end.outputs);
+      kernels_->pack_panel({
+          .source = end.weight,
+          .type = shape_.type,
+          .templates = 1,
+          .template_stride = 0,
+          .coefficients = nullptr,
+          .rows = end.outputs,
+          .columns = end.inputs,
+          .first_row = begin * kernels_->lanes,
+          .vectors = panel_begin(panel + 1, end.outputs) - begin,
+          .panel = at(end.matrix) + panel_offset(panel, end.inputs, end.outputs),
+      });
+    }
+  }
+}
+
+// ---- reading ----
+
+Network::Depthwise Network::depthwise(int64_t block, int64_t line) const {
+  const int64_t stride = padded(shape_.channels), channel = line * kernels_->line_channels;
+  const int64_t filter = shape_.dw_index[block], area = shape_.kernel_size * shape_.kernel_size;
+  return {floats(taps_) + (filter * stride + channel) * area, floats(dw_bias_) + filter * stride + channel,
+          floats(dw_affine_) + 2 * block * stride + channel, floats(dw_affine_) + (2 * block + 1) * stride + channel};
+}
+
+Pointwise Network::pointwise(int64_t block, int64_t slot) const {
+  const int64_t channels = shape_.channels, stride = padded(channels);
+  return {at(matrices_) + slot * matrix_bytes(channels, channels), channels, channels,
+          floats(pw_bias_) + shape_.pw_index[block] * stride, floats(pw_gain_) + block * stride,
+          floats(pw_affine_) + 2 * block * stride, floats(pw_affine_) + (2 * block + 1) * stride};
+}
+
+Pointwise Network::stem() const {
+  const int64_t stride = padded(shape_.channels);
+  const float* v = floats(stem_vectors_);
+  return {at(stem_), patch_inputs(), shape_.channels, v, v + stride, v + 2 * stride, v + 3 * stride};
+}
+
+Pointwise Network::head() const {
+  const int64_t stride = padded(shape_.classes);
+  const float* v = floats(head_vectors_);
+  return {at(head_), shape_.channels, shape_.classes, v, v + stride, v + 2 * stride, v + 3 * stride};
+}
+
+// ---- blobs ----
+
+namespace {
+
+struct BlobHeader {
+  char magic[8];
+  char isa[16];
+  int64_t bytes;
+  int64_t channels, kernel_size, depth, filters, matrices;
+  int64_t in_channels, patch, patch_stride, patch_padding, classes;
+  int64_t activation, pw_residual, type;
+  // followed by dw_index, pw_index
+};
+constexpr char kMagic[8] = {'S', 'P', 'I', 'N', 'P', 'K', '0', '1'};
+
+int64_t header_bytes(int64_t depth) { return round_up(int64_t(sizeof(BlobHeader)) + 2 * depth * 8, kCacheLine); }
+
+[[noreturn]] void refuse(const char* reason) {
+  throw std::runtime_error(std::string("packed: expected the result of freeze() of this version, got ") + reason +
+                           "; freeze the model again");
+}
+
+}  // namespace
+
+int64_t blob_bytes(const Network& network) { return header_bytes(network.shape().depth) + network.bytes(); }
+
+void write_blob_header(const Network& network, char* blob) {
+  const NetworkShape& s = network.shape();
+  BlobHeader h{};
+  std::memcpy(h.magic, kMagic, sizeof(kMagic));
+  std::strncpy(h.isa, network.kernels().name, sizeof(h.isa) - 1);
+  h.bytes = blob_bytes(network);
+  h.channels = s.channels, h.kernel_size = s.kernel_size, h.depth = s.depth;
+  h.filters = s.filters, h.matrices = s.matrices;
+  h.in_channels = s.in_channels, h.patch = s.patch, h.patch_stride = s.patch_stride;
+  h.patch_padding = s.patch_padding, h.classes = s.classes;
+  h.activation = int64_t(s.activation), h.pw_residual = s.pw_residual, h.type = int64_t(s.type);
+  std::memset(blob, 0, header_bytes(s.depth));
+  std::memcpy(blob, &h, sizeof(h));
+  std::copy(s.dw_index.begin(), s.dw_index.end(), reinterpret_cast<int64_t*>(blob + sizeof(h)));
+  std::copy(s.pw_index.begin(), s.pw_index.end(), reinterpret_cast<int64_t*>(blob + sizeof(h)) + s.depth);
+}
+
+Network open_blob(char* blob, int64_t bytes) {
+  BlobHeader h;
+  if (bytes < int64_t(sizeof(h))) refuse("too few bytes");
+  std::memcpy(&h, blob, sizeof(h));
+  if (std::memcmp(h.magic, kMagic, sizeof(kMagic)) != 0) refuse("something else");
+  // Every field is bounded before it enters a product, so no size can overflow.
+  auto within = [](int64_t value, int64_t low, int64_t high) {
+    if (value < low || value > high) refuse("a damaged header");
+  };
+  constexpr int64_t kMany = int64_t(1) << 20;
+  within(h.channels, 1, kMaxChannels);
+  within(h.kernel_size, 1, kMaxKernelSize);
+  within(h.depth, 0, kMany);
+  within(h.filters, 0, kMany);
+  within(h.matrices, 0, kMany);
+  within(h.in_channels, 0, kMaxChannels);
+  within(h.patch, 0, 1024);
+  within(h.patch_stride, 0, kMany);
+  within(h.patch_padding, 0, kMany);
+  within(h.classes, 0, kMany);
+  within(h.activation, 0, int64_t(Activation::kIdentity));
+  within(h.pw_residual, 0, 1);
+  within(h.type, 0, int64_t(DType::kFloat16));
+  within(h.bytes, header_bytes(h.depth), bytes);
+  h.isa[sizeof(h.isa) - 1] = 0;
+  NetworkShape s{
+      .channels = h.channels, .kernel_size = h.kernel_size, .depth = h.depth, .filters = h.filters,
+      .matrices = h.matrices, .dw_index = {}, .pw_index = {}, .activation = Activation(h.activation),
+      .pw_residual = h.pw_residual != 0, .type = DType(h.type), .in_channels = h.in_channels, .patch = h.patch,
+      .patch_stride = h.patch_stride, .patch_padding = h.patch_padding, .classes = h.classes,
+  };
+  const int64_t* index = reinterpret_cast<const int64_t*>(blob + sizeof(h));
+  s.dw_index.assign(index, index + h.depth);
+  s.pw_index.assign(index + h.depth, index + 2 * h.depth);
+  for (int64_t d = 0; d < h.depth; ++d) {
+    within(s.dw_index[d], 0, h.filters - 1);
+    within(s.pw_index[d], 0, h.matrices - 1);
+  }
+  const std::vector<std::string> isas = available_isas();
+  if (std::find(isas.begin(), isas.end(), h.isa) == isas.end()) refuse("weights packed for another processor");
+  Network network(select_kernels(s.type, h.isa), std::move(s), h.matrices);
+  if (h.bytes != bytes || blob_bytes(network) != bytes) refuse("a wrong number of bytes");
+  network.bind(blob + header_bytes(h.depth));
+  return network;
+}
+
+}  // namespace spin

@@ -1,0 +1,110 @@
+// A chain of mixer blocks, with or without a patch embedding in front and a classifier behind, in the form
+// that the kernels read: everything in one block of memory, position independent.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "cpu.h"
+#include "kernels.h"
+
+namespace spin {
+
+struct NetworkShape {
+  int64_t channels = 0, kernel_size = 0, depth = 0;
+  int64_t filters = 0, matrices = 0;         // distinct depthwise filters, distinct pointwise matrices
+  std::vector<int64_t> dw_index, pw_index;   // which of them block d uses; `depth` entries each
+  Activation activation = Activation::kGelu;
+  bool pw_residual = false;
+  DType type = DType::kFloat32;              // of the tensors outside
+  // Patch embedding and classifier: both or none (patch = 0).
+  int64_t in_channels = 0, patch = 0, patch_stride = 0, patch_padding = 0, classes = 0;
+
+  bool whole() const { return patch > 0; }
+};
+
+// Plain tensors, contiguous, in the shapes of the operator's documentation. Null where optional and absent.
+struct MixerWeights {
+  DType type;
+  const char *dw_weight, *dw_bias;
+  const float* dw_affine;
+  const char *pw_weight, *pw_bias;
+  const float* pw_affine;
+  const float* pw_coefficients;
+  int64_t templates;
+  const float* pw_gain;
+};
+struct EndWeights {
+  const char *patch_weight, *patch_bias;
+  const float* patch_affine;   // (2, channels): scale, shift
+  const char *head_weight, *head_bias;
+};
+
+// A matrix in panels with the four vectors of its epilogue.
+struct Pointwise {
+  const char* panels;
+  int64_t input_channels, output_channels;
+  const float *bias, *gain, *scale, *shift;
+};
+
+class Network {
+ public:
+  // With `slots` places for pointwise matrices: shape.matrices of them, or fewer that are used in turn.
+  Network(const Kernels& kernels, NetworkShape shape, int64_t slots);
+
+  const Kernels& kernels() const { return *kernels_; }
+  const NetworkShape& shape() const { return shape_; }
+  int64_t bytes() const { return bytes_; }
+  int64_t matrix_bytes(int64_t inputs, int64_t outputs) const;
+  int64_t vectors(int64_t channels) const;                    // of a padded line
+  int64_t lines(int64_t channels) const { return ceil_div(channels, kernels_->line_channels); }
+  int64_t panels(int64_t channels) const { return ceil_div(vectors(channels), kernels_->panel_vectors); }
+  int64_t patch_inputs() const { return shape_.in_channels * shape_.patch * shape_.patch; }
+
+  // The first vector of a panel; panel == panels(channels) gives the end. Vectors are dealt out evenly.
+  int64_t panel_begin(int64_t panel, int64_t channels) const {
+    return panel * vectors(channels) / panels(channels);
+  }
+  // Bytes of the panels before this one.
+  int64_t panel_offset(int64_t panel, int64_t inputs, int64_t outputs) const {
+    return panel_begin(panel, outputs) * matrix_bytes(inputs, outputs) / vectors(outputs);
+  }
+
+  // `memory`: bytes() of it, 64-byte aligned; outlives the network's use.
+  void bind(char* memory) { memory_ = memory; }
+
+  // Packing, in independent items.
+  int64_t parameter_items() const { return shape_.filters + shape_.depth; }
+  void pack_parameters(const MixerWeights& weights, int64_t item) const;
+  void pack_matrix_panel(const MixerWeights& weights, int64_t matrix, int64_t slot, int64_t panel) const;
+  void pack_ends(const EndWeights& weights) const;
+
+  // Reading.
+  struct Depthwise {
+    const float *taps, *bias, *scale, *shift;
+  };
+  Depthwise depthwise(int64_t block, int64_t line) const;
+  Pointwise pointwise(int64_t block, int64_t slot) const;
+  Pointwise stem() const;
+  Pointwise head() const;
+
+ private:
+  char* at(int64_t offset) const { return memory_ + offset; }
+  float* floats(int64_t offset) const { return reinterpret_cast<float*>(memory_ + offset); }
+  int64_t padded(int64_t channels) const { return round_up(channels, kernels_->line_channels); }
+
+  const Kernels* kernels_;
+  NetworkShape shape_;
+  char* memory_ = nullptr;
+  int64_t bytes_ = 0;
+  // Offsets in bytes.
+  int64_t taps_, dw_bias_, dw_affine_, pw_bias_, pw_gain_, pw_affine_, matrices_, stem_, stem_vectors_, head_,
+      head_vectors_;
+};
+
+// A frozen network is one self-describing blob: a header, the shape, then the packed memory.
+int64_t blob_bytes(const Network& network);
+void write_blob_header(const Network& network, char* blob);   // and binds the network to the blob
+// Throws std::runtime_error for anything that write_blob_header did not write.
+Network open_blob(char* blob, int64_t bytes);
+
+}  // namespace spin

@@ -1,0 +1,16 @@
+// What this machine can do at best: the denominators of every "fraction of the floor".
+#pragma once
+#include "cpu.h"
+#include "team.h"
+
+namespace spin {
+
+// Multiply-add rate of `kernels` in registers, all threads of `parallel` together, in GFLOP/s: the best of
+// several rounds within `seconds`.
+double measure_gflops(const Kernels& kernels, const Parallel& parallel, double seconds);
+
+// Bytes read plus bytes written per second, in GB/s, copying blocks larger than the last-level cache share
+// of a core.
+double measure_copy_gbps(const Parallel& parallel, double seconds);
+
+}  // namespace spin

@@ -1,0 +1,127 @@
+// AVX-512: 16 float lanes, 32 registers. Register tile of the product: 8 tokens x 48 channels.
+#pragma once
+#include <immintrin.h>
+
+#include "types.h"
+
+namespace spin {
+
+struct Avx512 {
+  using F = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kPanelVectors = 3;
+  static constexpr int kTileTokens = 8;     // 24 accumulators + 3 weights + broadcasts
+  static constexpr int kRowColumns = 16;    // outputs of a depthwise row held in registers
+  static constexpr int kLineVectors = 1;
+  static constexpr DType kChain = DType::kFloat32;
+
+  static SPIN_INLINE F zero() { return _mm512_setzero_ps(); }
+  static SPIN_INLINE F set(float x) { return _mm512_set1_ps(x); }
+  static SPIN_INLINE F load(const void* p) { return _mm512_loadu_ps(p); }
+  static SPIN_INLINE void store(void* p, F x) { _mm512_storeu_ps(p, x); }
+  static SPIN_INLINE F broadcast(const void* unit) { return _mm512_set1_ps(*static_cast<const float*>(unit)); }
+  static SPIN_INLINE F mac(F sum, F weights, F unit) { return _mm512_fmadd_ps(weights, unit, sum); }
+  static SPIN_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static SPIN_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static SPIN_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static SPIN_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static SPIN_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static SPIN_INLINE F abs(F x) { return _mm512_abs_ps(x); }
+  // A NaN in the second operand is returned, as the instruction does.
+  static SPIN_INLINE F max(F bound, F x) { return _mm512_max_ps(bound, x); }
+  static SPIN_INLINE F min(F bound, F x) { return _mm512_min_ps(bound, x); }
+  static SPIN_INLINE F exp2_integer(F n) {  // 2^n for integral n in [-126, 127]
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtps_epi32(_mm512_add_ps(n, set(127.f))), 23));
+  }
+  static SPIN_INLINE F round(F x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+  static SPIN_INLINE F load_as(const void* p, DType type) {
+    if (type == DType::kFloat32) return _mm512_loadu_ps(p);
+    const __m256i bits = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    if (type == DType::kFloat16) return _mm512_cvtph_ps(bits);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+
+  static SPIN_INLINE __m256i to_bfloat16(F x) {  // nearest even, NaN kept
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
+
+  static SPIN_INLINE void store_as(void* p, DType type, F x) {
+    if (type == DType::kFloat32) return _mm512_storeu_ps(p, x);
+    _mm256_storeu_si256(static_cast<__m256i*>(p), type == DType::kFloat16
+                                                      ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)
+                                                      : to_bfloat16(x));
+  }
+
+  // Loads and stores of the chain's own element type.
+  static SPIN_INLINE F load_chain(const void* p) { return load(p); }
+  static SPIN_INLINE void store_chain(void* p, F x) { store(p, x); }
+
+  // One line's worth of units from a vector of floats per line vector.
+  static SPIN_INLINE F to_units(const F* line) { return line[0]; }
+
+  static SPIN_INLINE void transpose(F (&r)[16]) {
+    __m512i t[16];
+    auto cast = [](F x) { return _mm512_castps_si512(x); };
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_epi32(cast(r[i]), cast(r[i + 1]));
+      t[i + 1] = _mm512_unpackhi_epi32(cast(r[i]), cast(r[i + 1]));
+    }
+    __m512i u[16];
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4) {
+      u[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+      u[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+      u[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+      u[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm512_shuffle_i32x4(u[i], u[i + 4], 0x88);
+      t[i + 4] = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0x88);
+      t[i + 8] = _mm512_shuffle_i32x4(u[i], u[i + 4], 0xdd);
+      t[i + 12] = _mm512_shuffle_i32x4(u[i + 8], u[i + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[i] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i], t[i + 4], 0x88));
+      r[i + 8] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd));
+      r[i + 4] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88));
+      r[i + 12] = _mm512_castsi512_ps(_mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd));
+    }
+  }
+
+  // Piecewise polynomials with 16 pieces: entry `index` of a 16-entry table, by one permutation.
+  static constexpr bool kHasPermute = true;
+  static SPIN_INLINE __m512i indices(F x) { return _mm512_cvttps_epi32(x); }
+  static SPIN_INLINE F truncated(__m512i index) { return _mm512_cvtepi32_ps(index); }
+  static SPIN_INLINE F lookup(const float* table, __m512i index) {
+    return _mm512_permutexvar_ps(index, _mm512_load_ps(table));
+  }
+};
+
+#ifdef __AVX512BF16__
+// The same with activations and weights kept in bf16 and vdpbf16ps for the product: pairs of channels.
+struct Avx512Bf16 : Avx512 {
+  static constexpr int kLineVectors = 2;
+  static constexpr DType kChain = DType::kBFloat16;
+  static SPIN_INLINE F mac(F sum, F weights, F unit) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(unit));
+  }
+  static SPIN_INLINE F load_chain(const void* p) { return load_as(p, DType::kBFloat16); }
+  static SPIN_INLINE void store_chain(void* p, F x) {
+    _mm256_storeu_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+  }
+  static SPIN_INLINE F to_units(const F* line) {
+    return reinterpret_cast<F>(_mm512_cvtne2ps_pbh(line[1], line[0]));
+  }
+};
+#endif
+
+}  // namespace spin

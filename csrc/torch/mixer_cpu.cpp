@@ -1,0 +1,282 @@
+// CPU kernels of the mixer operators: tensors in, raw pointers to csrc/core.
+//
+// Arguments were checked in Python (spin_kernels/checks.py), with the messages that users see. What is
+// checked again here, briefly, is whatever could make a kernel read out of bounds.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../core/run.h"
+#include "../core/workspace.h"
+
+namespace spin {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Strings = std::string;
+
+#define SPIN_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
+
+Parallel torch_parallel() {
+  return {int(torch::stable::get_num_threads()), [](int threads, const std::function<void(int)>& body) {
+            if (threads == 1) return body(0);
+            torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+              for (int64_t thread = first; thread < last; ++thread) body(int(thread));
+            });
+          }};
+}
+
+DType dtype_of(const Tensor& t, const char* name) {
+  SPIN_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: SPIN_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+  return DType::kFloat32;
+}
+
+Activation activation_of(const Strings& name) {
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "silu") return Activation::kSilu;
+  SPIN_CHECK(name == "identity", "activation: expected gelu, gelu_tanh, relu, silu or identity, got ", name);
+  return Activation::kIdentity;
+}
+
+// A contiguous tensor of the given shape and type (a copy where needed; `keep` owns it).
+const char* data_of(const Tensor& t, DType type, std::initializer_list<int64_t> shape, const char* name,
+                    std::vector<Tensor>& keep) {
+  bool same = t.dim() == int64_t(shape.size()) && dtype_of(t, name) == type;
+  for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(i) == shape.begin()[i];
+  SPIN_CHECK(same, name, ": shape or dtype does not fit the other arguments");
+  keep.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+  return static_cast<const char*>(keep.back().const_data_ptr());
+}
+const char* data_of(const std::optional<Tensor>& t, DType type, std::initializer_list<int64_t> shape, const char* name,
+                    std::vector<Tensor>& keep) {
+  return t ? data_of(*t, type, shape, name, keep) : nullptr;
+}
+template <class MaybeTensor>
+const float* floats_of(const MaybeTensor& t, std::initializer_list<int64_t> shape, const char* name,
+                       std::vector<Tensor>& keep) {
+  return reinterpret_cast<const float*>(data_of(t, DType::kFloat32, shape, name, keep));
+}
+
+struct Mixer {
+  NetworkShape shape;
+  MixerWeights weights;
+  std::vector<Tensor> keep;
+};
+
+Mixer read_mixer(const Tensor& dw_weight, const std::optional<Tensor>& dw_bias, const Tensor& dw_affine,
+                 const Tensor& pw_weight, const std::optional<Tensor>& pw_bias, const Tensor& pw_affine,
+                 const std::optional<Tensor>& pw_coefficients, const std::optional<Tensor>& pw_gain,
+                 const std::vector<int64_t>& pw_index, const std::optional<std::vector<int64_t>>& dw_index,
+                 const Strings& activation, bool pw_residual) {
+  SPIN_CHECK(dw_weight.dim() == 4, "dw_weight: expected rank 4");
+  SPIN_CHECK(pw_weight.dim() == 3, "pw_weight: expected rank 3");
+  SPIN_CHECK(!pw_coefficients || pw_coefficients->dim() == 2, "pw_coefficients: expected rank 2");
+  Mixer m;
+  NetworkShape& s = m.shape;
+  s.filters = dw_weight.size(0), s.channels = dw_weight.size(1), s.kernel_size = dw_weight.size(2);
+  s.depth = int64_t(pw_index.size());
+  s.matrices = pw_coefficients ? pw_coefficients->size(0) : pw_weight.size(0);
+  s.pw_index = pw_index;
+  s.activation = activation_of(activation), s.pw_residual = pw_residual;
+  s.type = dtype_of(dw_weight, "dw_weight");
+  SPIN_CHECK(s.channels >= 1 && s.channels <= kMaxChannels, "dw_weight: expected 1 to ", kMaxChannels, " channels");
+  SPIN_CHECK(s.kernel_size % 2 == 1 && s.kernel_size <= kMaxKernelSize, "dw_weight: expected an odd kernel size up to ", kMaxKernelSize);
+  if (dw_index) {
+    s.dw_index = *dw_index;
+  } else {
+    for (int64_t d = 0; d < s.depth; ++d) s.dw_index.push_back(d);
+  }
+  SPIN_CHECK(int64_t(s.dw_index.size()) == s.depth, "dw_index: expected one entry per block");
+  for (int64_t d = 0; d < s.depth; ++d) {
+    SPIN_CHECK(s.dw_index[d] >= 0 && s.dw_index[d] < s.filters, "dw_index: out of range");
+    SPIN_CHECK(s.pw_index[d] >= 0 && s.pw_index[d] < s.matrices, "pw_index: out of range");
+  }
+  const int64_t C = s.channels, k = s.kernel_size, D = s.depth;
+  m.keep.reserve(8);
+  MixerWeights& w = m.weights;
+  w.type = s.type;
+  w.templates = pw_weight.size(0);
+  w.dw_weight = data_of(dw_weight, s.type, {s.filters, C, k, k}, "dw_weight", m.keep);
+  w.dw_bias = data_of(dw_bias, s.type, {s.filters, C}, "dw_bias", m.keep);
+  w.dw_affine = floats_of(dw_affine, {D, 2, C}, "dw_affine", m.keep);
+  w.pw_weight = data_of(pw_weight, s.type, {w.templates, C, C}, "pw_weight", m.keep);
+  w.pw_bias = data_of(pw_bias, s.type, {s.matrices, C}, "pw_bias", m.keep);
+  w.pw_affine = floats_of(pw_affine, {D, 2, C}, "pw_affine", m.keep);
+  w.pw_coefficients = floats_of(pw_coefficients, {s.matrices, w.templates}, "pw_coefficients", m.keep);
+  w.pw_gain = floats_of(pw_gain, {D, C}, "pw_gain", m.keep);
+  return m;
+}
+
+External view_of(const Tensor& t, DType type) {  // of the first image of a (B, C, H, W) tensor
+  return {static_cast<char*>(t.data_ptr()), type, t.size(1), t.size(2), t.size(3), t.stride(1), t.stride(2), t.stride(3)};
+}
+
+Tensor empty_like(const Tensor& t, std::vector<int64_t> shape) {
+  return torch::stable::new_empty(t, {shape.data(), shape.size()});
+}
+
+// Same shape and type; channels_last when x is channels_last-contiguous and not contiguous.
+Tensor output_for(const Tensor& x) {
+  const int64_t B = x.size(0), C = x.size(1), H = x.size(2), W = x.size(3);
+  auto fits = [](int64_t size, int64_t stride, int64_t expected) { return size == 1 || stride == expected; };
+  const bool channels_last = fits(C, x.stride(1), 1) && fits(W, x.stride(3), C) && fits(H, x.stride(2), W * C) &&
+                             fits(B, x.stride(0), H * W * C);
+  if (!channels_last || x.is_contiguous()) return empty_like(x, {B, C, H, W});
+  Tensor y = empty_like(x, {B, H, W, C});
+  return torch::stable::transpose(torch::stable::transpose(y, 2, 3), 1, 2);
+}
+
+void check_input(const Tensor& x, const NetworkShape& shape) {
+  SPIN_CHECK(x.dim() == 4 && x.size(1) == shape.channels && x.size(2) >= 1 && x.size(3) >= 1, "x: expected shape (batch, ",
+             shape.channels, ", height, width)");
+  SPIN_CHECK(dtype_of(x, "x") == shape.type, "x: expected the dtype of the weights");
+}
+
+Batch batch_of(const Tensor& x, const Tensor& y, DType type) {
+  return {x.size(0), view_of(x, type), x.stride(0), view_of(y, type), y.stride(0)};
+}
+
+Tensor mixer_cpu(const Tensor& x, const Tensor& dw_weight, const std::optional<Tensor>& dw_bias, const Tensor& dw_affine,
+                 const Tensor& pw_weight, const std::optional<Tensor>& pw_bias, const Tensor& pw_affine,
+                 const std::optional<Tensor>& pw_coefficients, const std::optional<Tensor>& pw_gain,
+                 const std::vector<int64_t>& pw_index, const std::optional<std::vector<int64_t>>& dw_index,
+                 const Strings& activation, bool pw_residual) {
+  const Mixer m = read_mixer(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain,
+                             pw_index, dw_index, activation, pw_residual);
+  check_input(x, m.shape);
+  Tensor y = output_for(x);
+  run_unpacked(select_kernels(m.shape.type, forced_isa()), m.shape, m.weights, batch_of(x, y, m.shape.type), torch_parallel());
+  return y;
+}
+
+// ---- frozen networks ----
+
+Tensor pack(const Tensor& like, NetworkShape shape, const MixerWeights& weights, const EndWeights* ends) {
+  const Kernels& kernels = select_kernels(shape.type, forced_isa());
+  const int64_t matrices = shape.matrices;
+  Network network(kernels, std::move(shape), matrices);
+  const int64_t bytes = blob_bytes(network);
+  Tensor blob = torch::stable::new_empty(like, {&bytes, 1}, ScalarType::Byte);
+  char* data = static_cast<char*>(blob.mutable_data_ptr());
+  write_blob_header(network, data);
+  network.bind(data + bytes - network.bytes());
+  if (ends) network.pack_ends(*ends);
+  const int64_t parameters = network.parameter_items(), panels = network.panels(network.shape().channels);
+  torch::stable::parallel_for(0, parameters + matrices * panels, 1, [&](int64_t first, int64_t last) {
+    for (int64_t item = first; item < last; ++item) {
+      if (item < parameters) {
+        network.pack_parameters(weights, item);
+      } else {
+        const int64_t matrix = (item - parameters) / panels;
+        network.pack_matrix_panel(weights, matrix, matrix, (item - parameters) % panels);
+      }
+    }
+  });
+  return blob;
+}
+
+Network open(const Tensor& packed) {
+  SPIN_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
+             "packed: expected the contiguous uint8 CPU tensor that freeze() made");
+  return open_blob(static_cast<char*>(packed.data_ptr()), packed.numel());
+}
+
+Tensor pack_mixer(const Tensor& dw_weight, const std::optional<Tensor>& dw_bias, const Tensor& dw_affine,
+                  const Tensor& pw_weight, const std::optional<Tensor>& pw_bias, const Tensor& pw_affine,
+                  const std::optional<Tensor>& pw_coefficients, const std::optional<Tensor>& pw_gain,
+                  const std::vector<int64_t>& pw_index, const std::optional<std::vector<int64_t>>& dw_index,
+                  const Strings& activation, bool pw_residual) {
+  const Mixer m = read_mixer(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain,
+                             pw_index, dw_index, activation, pw_residual);
+  return pack(dw_weight, m.shape, m.weights, nullptr);
+}
+
+Tensor frozen_mixer(const Tensor& x, const Tensor& packed) {
+  Network network = open(packed);
+  SPIN_CHECK(!network.shape().whole(), "packed: expected a frozen mixer, got a whole frozen network");
+  check_input(x, network.shape());
+  Tensor y = output_for(x);
+  run_packed(network, batch_of(x, y, network.shape().type), torch_parallel());
+  return y;
+}
+
+Tensor pack_network(const Tensor& patch_weight, const std::optional<Tensor>& patch_bias, const Tensor& patch_affine,
+                    int64_t patch_stride, int64_t patch_padding, const Tensor& head_weight,
+                    const std::optional<Tensor>& head_bias, const Tensor& dw_weight, const std::optional<Tensor>& dw_bias,
+                    const Tensor& dw_affine, const Tensor& pw_weight, const std::optional<Tensor>& pw_bias,
+                    const Tensor& pw_affine, const std::optional<Tensor>& pw_coefficients,
+                    const std::optional<Tensor>& pw_gain, const std::vector<int64_t>& pw_index,
+                    const std::optional<std::vector<int64_t>>& dw_index, const Strings& activation, bool pw_residual) {
+  Mixer m = read_mixer(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain, pw_index,
+                       dw_index, activation, pw_residual);
+  NetworkShape& s = m.shape;
+  SPIN_CHECK(patch_weight.dim() == 4 && head_weight.dim() == 2, "patch_weight, head_weight: expected ranks 4 and 2");
+  s.in_channels = patch_weight.size(1), s.patch = patch_weight.size(2), s.classes = head_weight.size(0);
+  s.patch_stride = patch_stride, s.patch_padding = patch_padding;
+  SPIN_CHECK(s.in_channels >= 1 && s.in_channels <= 1024 && s.patch >= 1 && s.patch <= 64, "patch_weight: expected 1 to 1024 input channels and a patch of 1 to 64");
+  SPIN_CHECK(patch_stride >= 1 && patch_stride <= 1024 && patch_padding >= 0 && patch_padding <= 1024, "patch_stride, patch_padding: out of range");
+  SPIN_CHECK(s.classes >= 1 && s.classes <= (1 << 20), "head_weight: expected 1 to ", 1 << 20, " classes");
+  EndWeights ends;
+  std::vector<Tensor> keep;
+  keep.reserve(5);
+  ends.patch_weight = data_of(patch_weight, s.type, {s.channels, s.in_channels, s.patch, s.patch}, "patch_weight", keep);
+  ends.patch_bias = data_of(patch_bias, s.type, {s.channels}, "patch_bias", keep);
+  ends.patch_affine = floats_of(patch_affine, {2, s.channels}, "patch_affine", keep);
+  ends.head_weight = data_of(head_weight, s.type, {s.classes, s.channels}, "head_weight", keep);
+  ends.head_bias = data_of(head_bias, s.type, {s.classes}, "head_bias", keep);
+  return pack(patch_weight, s, m.weights, &ends);
+}
+
+Tensor frozen_network(const Tensor& image, const Tensor& packed, int64_t num_classes) {
+  Network network = open(packed);
+  const NetworkShape& s = network.shape();
+  SPIN_CHECK(s.whole(), "packed: expected a whole frozen network, got a frozen mixer");
+  SPIN_CHECK(num_classes == s.classes, "num_classes: expected ", s.classes, ", got ", num_classes);
+  SPIN_CHECK(image.dim() == 4 && image.size(1) == s.in_channels, "image: expected shape (batch, ", s.in_channels,
+             ", height, width)");
+  SPIN_CHECK(image.size(2) + 2 * s.patch_padding >= s.patch && image.size(3) + 2 * s.patch_padding >= s.patch,
+             "image: expected height and width of at least one patch of ", s.patch, " pixels, got ", image.size(2), " x ",
+             image.size(3));
+  const DType type = dtype_of(image, "image");
+  SPIN_CHECK(type == s.type || type == DType::kFloat32, "image: expected float32 or the dtype of the weights");
+  Tensor logits = empty_like(image, {image.size(0), s.classes});
+  External out{static_cast<char*>(logits.mutable_data_ptr()), type, s.classes, 1, 1, 1, 0, 0};
+  run_packed(network, {image.size(0), view_of(image, type), image.stride(0), out, s.classes}, torch_parallel());
+  return logits;
+}
+
+Strings cpu_isa(Strings dtype) {
+  const DType type = dtype == "bfloat16" ? DType::kBFloat16 : dtype == "float16" ? DType::kFloat16 : DType::kFloat32;
+  return select_kernels(type, forced_isa()).name;
+}
+
+int64_t release_workspace() { return Workspace::release_pool(); }
+
+}  // namespace
+}  // namespace spin
+
+STABLE_TORCH_LIBRARY_IMPL(spin, CPU, m) {
+  m.impl("_mixer_cpu", TORCH_BOX(&spin::mixer_cpu));
+  m.impl("_frozen_mixer", TORCH_BOX(&spin::frozen_mixer));
+  m.impl("_frozen_network", TORCH_BOX(&spin::frozen_network));
+  m.impl("_pack_mixer", TORCH_BOX(&spin::pack_mixer));
+  m.impl("_pack_network", TORCH_BOX(&spin::pack_network));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(spin, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_isa", TORCH_BOX(&spin::cpu_isa));
+  m.impl("_release_workspace", TORCH_BOX(&spin::release_workspace));
+}

@@ -1,0 +1,46 @@
+// Every operator of the namespace, once. Public operators are documented in spin_kernels/functional.py;
+// kernels are registered beside their code: C++ for the CPU in mixer_cpu.cpp, Python in spin_kernels/ops.py.
+#include <torch/csrc/stable/library.h>
+
+// The tensors and attributes of a mixer, in the order that all private operators share.
+#define MIXER_WEIGHTS                                                                            \
+  "Tensor dw_weight, Tensor? dw_bias, Tensor dw_affine, Tensor pw_weight, Tensor? pw_bias, "     \
+  "Tensor pw_affine, Tensor? pw_coefficients, Tensor? pw_gain, int[] pw_index, int[]? dw_index, " \
+  "str activation, bool pw_residual"
+#define PUBLIC_MIXER                                                                          \
+  "Tensor x, Tensor dw_weight, Tensor? dw_bias, Tensor dw_affine, Tensor pw_weight, "         \
+  "Tensor? pw_bias, Tensor pw_affine, int[] pw_index, *, int[]? dw_index=None, "              \
+  "Tensor? pw_coefficients=None, Tensor? pw_gain=None, str activation=\"gelu\", bool pw_residual=False"
+#define ENDS                                                                       \
+  "Tensor patch_weight, Tensor? patch_bias, Tensor patch_affine, int patch_stride, " \
+  "int patch_padding, Tensor head_weight, Tensor? head_bias, "
+
+STABLE_TORCH_LIBRARY(spin, m) {
+  m.def("shared_mixer_block(" PUBLIC_MIXER ") -> Tensor");
+  m.def("shared_mixer_block_train(" PUBLIC_MIXER ", float eps=1e-5) -> (Tensor, Tensor, Tensor)");
+  m.def("compose_superweights(Tensor bank, Tensor coefficients, int[] pieces, int[] shapes) -> Tensor");
+  m.def(
+      "repeat_weight(Tensor weight, Tensor? alpha, Tensor? beta, Tensor? gate, int out_channels, "
+      "int in_channels) -> Tensor");
+
+  // y, dw_stats, pw_stats and what backward needs. eps None: frozen statistics.
+  m.def("_mixer(Tensor x, " MIXER_WEIGHTS ", float? eps, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Gradients of the nine tensors in order, empty for absent ones.
+  m.def("_mixer_backward(Tensor grad, Tensor saved, Tensor x, " MIXER_WEIGHTS
+        ", float? eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "_compose_superweights_backward(Tensor grad, Tensor bank, Tensor coefficients, int[] pieces, "
+      "int[] shapes) -> (Tensor, Tensor)");
+  m.def(
+      "_repeat_weight_backward(Tensor grad, Tensor weight, Tensor? alpha, Tensor? beta, Tensor? gate, "
+      "int out_channels, int in_channels) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // The C++ CPU kernels: inference with frozen statistics, from plain or from packed weights.
+  m.def("_mixer_cpu(Tensor x, " MIXER_WEIGHTS ") -> Tensor");
+  m.def("_pack_mixer(" MIXER_WEIGHTS ") -> Tensor");
+  m.def("_frozen_mixer(Tensor x, Tensor packed) -> Tensor");
+  m.def("_pack_network(" ENDS MIXER_WEIGHTS ") -> Tensor");
+  m.def("_frozen_network(Tensor image, Tensor packed, int num_classes) -> Tensor");
+  m.def("_cpu_isa(str dtype) -> str");
+  m.def("_release_workspace() -> int");
+}
