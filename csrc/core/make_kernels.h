@@ -27,13 +27,17 @@ template <class V>
 double multiply_add_loop(int64_t iterations) {
   constexpr int kSums = 12;  // more than latency x issue rate of any processor this runs on
   typename V::F sum[kSums], weight = V::set(1e-20f), unit = V::set(0.5f);
+#pragma GCC unroll 12
   for (int i = 0; i < kSums; ++i) sum[i] = V::set(1e-8f);
   for (int64_t n = 0; n < iterations; ++n) {
 #pragma GCC unroll 12
-    for (int i = 0; i < kSums; ++i) sum[i] = V::mac(sum[i], weight, unit);
-#pragma GCC unroll 12
-    for (int i = 0; i < kSums; ++i) SPIN_KEEP(sum[i]);
+    for (int i = 0; i < kSums; ++i) {
+      SPIN_KEEP(weight);  // or the compiler would see twelve times the same sum
+      sum[i] = V::mac(sum[i], weight, unit);
+    }
   }
+#pragma GCC unroll 12
+  for (int i = 0; i < kSums; ++i) SPIN_KEEP(sum[i]);
   return 2.0 * kSums * V::kLanes * V::kLineVectors * iterations;
 }
 

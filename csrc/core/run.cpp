@@ -26,16 +26,21 @@ constexpr int64_t kBandBytes = 2 << 20;      // of y: about what one core's L2 h
 constexpr int64_t kPackedBytes = 16 << 20;   // of matrices that are packed ahead of their use
 constexpr double kFlopsPerThread = 2e6;      // below this a second thread costs more than it brings
 
+// What happens to an image, one step after the other. Items of a step are independent of each other.
 struct Step {
-  enum Kind { kLoad, kPatches, kStem, kDepthwise, kPointwise, kStore, kPool } kind;
-  int64_t block, first_row, last_row;
+  enum Kind { kLoad, kEmbed, kBlock, kStore, kPool } kind;  // items: lines, bands, bands, lines, lines
+  int64_t block;
 };
 
-// What one image uses while it passes: two x (the second only with bands), a band of y, scratch.
-struct Buffers {
+// What an image owns while it passes: two x, or one twice when there is a single band.
+struct Image {
+  int64_t index;
   char* x[2];
+};
+// What a thread owns: a band of y, scratch.
+struct Scratch {
   char* y;
-  float* scratch;
+  float* depthwise;
 };
 
 class Runner {
@@ -48,43 +53,47 @@ class Runner {
     width_ = shape_.whole() ? grid(batch.input.width) : batch.input.width;
     lines_ = net_.lines(shape_.channels);
     input_lines_ = shape_.whole() ? std::max(lines_, net_.lines(net_.patch_inputs())) : lines_;
-    const int64_t plane = height_ * width_ * k_.line_bytes;
-    band_rows_ = ceil_div(height_, std::clamp<int64_t>(ceil_div(lines_ * plane, kBandBytes), 1, height_));
+    plane_bytes_ = height_ * width_ * k_.line_bytes;
     const double flops = 2.0 * batch.size * shape_.depth * height_ * width_ * shape_.channels * shape_.channels;
     threads_ = std::clamp<int64_t>(int64_t(flops / kFlopsPerThread), 1, parallel.threads);
     single_images_ = batch.size / threads_ * threads_;
+    const int64_t sharers = single_images_ < batch.size ? threads_ : 1;  // of one image
+    bands_ = std::clamp<int64_t>(std::max(sharers, ceil_div(lines_ * plane_bytes_, kBandBytes)), 1, height_);
   }
 
   void operator()() {
     const std::vector<Segment>& segments = plan_.segments;
     std::vector<std::vector<Step>> steps;
-    int64_t phases = 4;
+    int64_t phases = 2;  // of the classifier
     for (const Segment& segment : segments) {
       steps.push_back(image_steps(segment));
       phases += 2 + (batch_.size - single_images_) * int64_t(steps.back().size());
     }
     // Between segments every image waits in its x; a single segment needs an x per thread only.
-    const int64_t images = segments.size() > 1 ? batch_.size : threads_;
-    Workspace workspace(layout(images));
-    place(workspace.data(), images);
+    const int64_t places = segments.size() > 1 ? batch_.size : threads_;
+    Workspace workspace(measure(places));
+    place(workspace.data(), places);
+    auto image_at = [&](int64_t image, int thread) {
+      char* x = x_ + (segments.size() > 1 ? image : thread) * x_count_ * x_bytes_;
+      return Image{image, {x, x + (x_count_ - 1) * x_bytes_}};
+    };
 
     Team team(threads_, phases);
     parallel_.run(threads_, [&](int thread) {
       int64_t phase = 0;
       for (size_t i = 0; i < segments.size(); ++i) {
-        const Segment& segment = segments[i];
-        if (weights_) pack(team, thread, phase++, segment);
-        team.phase(thread, phase++, single_images_, [&](int64_t image, int64_t, int64_t) {
-          const Buffers buffers = buffers_of(images == batch_.size ? image : thread, thread);
-          for (const Step& step : steps[i]) run_items(step, 0, items(step), items(step), image, buffers, 0);
-        });
-        for (int64_t image = single_images_; image < batch_.size; ++image) {
-          Buffers buffers = buffers_of(images == batch_.size ? image : 0, 0);
+        if (weights_) pack(team, thread, phase++, segments[i]);
+        team.phase(thread, phase++, single_images_, [&](int64_t index) {
+          const Image image = image_at(index, thread);
           for (const Step& step : steps[i]) {
-            buffers.scratch = scratch(thread);
-            team.phase(thread, phase++, items(step), [&](int64_t item, int64_t own_first, int64_t own_last) {
-              run_items(step, item, item + 1, own_last, image, buffers, own_first);
-            });
+            for (int64_t item = 0; item < items(step); ++item) run_item(step, item, image, thread);
+          }
+        });
+        for (int64_t index = single_images_; index < batch_.size; ++index) {
+          const Image image = image_at(index, 0);
+          for (const Step& step : steps[i]) {
+            team.phase(thread, phase++, items(step),
+                       [&](int64_t item) { run_item(step, item, image, thread); });
           }
         }
       }
@@ -101,60 +110,37 @@ class Runner {
 
   std::vector<Step> image_steps(const Segment& segment) const {
     std::vector<Step> steps;
-    auto bands = [&](auto add) {
-      for (int64_t row = 0; row < height_; row += band_rows_) add(row, std::min(row + band_rows_, height_));
-    };
-    if (segment.first_block == 0 && shape_.whole()) {
-      bands([&](int64_t first, int64_t last) {
-        steps.push_back({Step::kPatches, 0, first, last});
-        steps.push_back({Step::kStem, 0, first, last});
-      });
-    } else if (segment.first_block == 0) {
-      steps.push_back({Step::kLoad, 0, 0, height_});
-    }
-    for (int64_t block = segment.first_block; block < segment.last_block; ++block) {
-      bands([&](int64_t first, int64_t last) {
-        steps.push_back({Step::kDepthwise, block, first, last});
-        steps.push_back({Step::kPointwise, block, first, last});
-      });
-    }
+    if (segment.first_block == 0) steps.push_back({shape_.whole() ? Step::kEmbed : Step::kLoad, 0});
+    for (int64_t block = segment.first_block; block < segment.last_block; ++block) steps.push_back({Step::kBlock, block});
     if (segment.last_block == shape_.depth) {
-      steps.push_back({shape_.whole() ? Step::kPool : Step::kStore, shape_.depth, 0, height_});
+      steps.push_back({shape_.whole() ? Step::kPool : Step::kStore, shape_.depth});
     }
     return steps;
   }
 
   // ---- memory ----
 
-  int64_t layout(int64_t images) {
-    plane_bytes_ = height_ * width_ * k_.line_bytes;
+  int64_t measure(int64_t places) {
     x_bytes_ = lines_ * plane_bytes_;
-    x_count_ = band_rows_ < height_ ? 2 : 1;
-    y_bytes_ = input_lines_ * band_rows_ * width_ * k_.line_bytes;
+    x_count_ = bands_ > 1 ? 2 : 1;
+    y_bytes_ = input_lines_ * ceil_div(height_, bands_) * width_ * k_.line_bytes;
     scratch_bytes_ = round_up(k_.depthwise_scratch(height_, width_, shape_.kernel_size) * 4, kCacheLine);
     packed_bytes_ = weights_ ? round_up(net_.bytes(), kCacheLine) : 0;
     pooled_bytes_ = shape_.whole() ? lines_ * batch_.size * k_.line_bytes : 0;
     logits_bytes_ = shape_.whole() ? net_.lines(shape_.classes) * batch_.size * k_.line_bytes : 0;
-    return packed_bytes_ + images * x_count_ * x_bytes_ + threads_ * (y_bytes_ + scratch_bytes_) + pooled_bytes_ +
+    return packed_bytes_ + places * x_count_ * x_bytes_ + threads_ * (y_bytes_ + scratch_bytes_) + pooled_bytes_ +
            logits_bytes_;
   }
 
-  void place(char* memory, int64_t images) {
+  void place(char* memory, int64_t places) {
     auto take = [&](int64_t bytes) { return std::exchange(memory, memory + bytes); };
     char* packed = take(packed_bytes_);
     if (weights_) net_.bind(packed);
-    x_ = take(images * x_count_ * x_bytes_);
+    x_ = take(places * x_count_ * x_bytes_);
     y_ = take(threads_ * y_bytes_);
     scratch_ = take(threads_ * scratch_bytes_);
     pooled_ = take(pooled_bytes_);
     logits_ = take(logits_bytes_);
-  }
-
-  float* scratch(int thread) const { return reinterpret_cast<float*>(scratch_ + thread * scratch_bytes_); }
-
-  Buffers buffers_of(int64_t x, int thread) const {
-    char* first = x_ + x * x_count_ * x_bytes_;
-    return {{first, first + (x_count_ - 1) * x_bytes_}, y_ + thread * y_bytes_, scratch(thread)};
   }
 
   // ---- phases ----
@@ -162,7 +148,7 @@ class Runner {
   void pack(Team& team, int thread, int64_t phase, const Segment& segment) const {
     const int64_t parameters = segment.first_block == 0 ? net_.parameter_items() : 0;
     const int64_t panels = net_.panels(shape_.channels);
-    team.phase(thread, phase, parameters + int64_t(segment.packings.size()) * panels, [&](int64_t item, int64_t, int64_t) {
+    team.phase(thread, phase, parameters + int64_t(segment.packings.size()) * panels, [&](int64_t item) {
       if (item < parameters) return net_.pack_parameters(*weights_, item);
       const Segment::Packing& p = segment.packings[(item - parameters) / panels];
       net_.pack_matrix_panel(*weights_, p.matrix, p.slot, (item - parameters) % panels);
@@ -170,101 +156,108 @@ class Runner {
   }
 
   int64_t items(const Step& step) const {
-    switch (step.kind) {
-      case Step::kPatches: return step.last_row - step.first_row;
-      case Step::kStem:
-      case Step::kPointwise: return net_.panels(shape_.channels);
-      default: return lines_;
-    }
+    return step.kind == Step::kEmbed || step.kind == Step::kBlock ? bands_ : lines_;
   }
 
-  void run_items(const Step& step, int64_t first, int64_t last, int64_t own_last, int64_t image, const Buffers& b,
-                 int64_t own_first) const {
-    const int64_t bands = x_count_ - 1;
-    const int64_t row_bytes = width_ * k_.line_bytes, band_bytes = (step.last_row - step.first_row) * row_bytes;
-    const char* x_in = b.x[step.block & bands];
-    char* x_out = b.x[(step.block + 1) & bands];
+  void run_item(const Step& step, int64_t item, const Image& image, int thread) const {
+    const char* x_in = image.x[step.block & 1];
     switch (step.kind) {
-      case Step::kLoad:
-        for (int64_t line = first; line < last; ++line) k_.load(input(image), line, b.x[0] + line * plane_bytes_);
-        break;
-      case Step::kStore:
-        for (int64_t line = first; line < last; ++line) k_.store(x_in + line * plane_bytes_, line, output(image));
-        break;
+      case Step::kLoad: return k_.load(input(image.index), item, image.x[0] + item * plane_bytes_);
+      case Step::kStore: return k_.store(x_in + item * plane_bytes_, item, output(image.index));
       case Step::kPool:
-        for (int64_t line = first; line < last; ++line) {
-          k_.pool(x_in + line * plane_bytes_, height_ * width_, pooled_ + (line * batch_.size + image) * k_.line_bytes);
-        }
-        break;
-      case Step::kPatches:
-        k_.load_patches({input(image), shape_.patch, shape_.patch_stride, shape_.patch_padding, width_,
-                         step.first_row + first, step.first_row + last, b.y + first * row_bytes, band_bytes});
-        break;
-      case Step::kDepthwise:
-        for (int64_t line = first; line < last; ++line) {
-          const Network::Depthwise w = net_.depthwise(step.block, line);
-          k_.depthwise({x_in + line * plane_bytes_, b.y + line * band_bytes, height_, width_, shape_.kernel_size,
-                        step.first_row, step.last_row, w.taps, w.bias, w.scale, w.shift, shape_.activation, b.scratch});
-        }
-        break;
-      case Step::kStem:
-        product(net_.stem(), net_.stem().panels, first, last, own_last, own_first, b.y, band_bytes, nullptr,
-                b.x[0] + step.first_row * row_bytes, plane_bytes_, band_bytes / k_.line_bytes, shape_.activation);
-        break;
-      case Step::kPointwise: {
-        const Pointwise w = net_.pointwise(step.block, plan_.slot_of_block[step.block]);
-        const int64_t next = step.last_row < height_ ? step.block : std::min(step.block + 1, shape_.depth - 1);
-        product(w, net_.pointwise(next, plan_.slot_of_block[next]).panels, first, last, own_last, own_first, b.y, band_bytes,
-                shape_.pw_residual ? b.y : nullptr, x_out + step.first_row * row_bytes, plane_bytes_,
-                band_bytes / k_.line_bytes, shape_.activation);
-        break;
-      }
+        return k_.pool(x_in + item * plane_bytes_, height_ * width_,
+                       pooled_ + (item * batch_.size + image.index) * k_.line_bytes);
+      case Step::kEmbed: return embed(item, image, thread);
+      case Step::kBlock: return block(step.block, item, image, thread);
     }
   }
 
-  // Panels [first, last); after the last of its own a thread goes on with panel own_first of `next_panels`.
-  void product(const Pointwise& w, const char* next_panels, int64_t first, int64_t last, int64_t own_last, int64_t own_first,
-               const char* in, int64_t in_stride, const char* residual, char* out, int64_t out_stride, int64_t tokens,
-               Activation activation) const {
-    auto offset = [&](int64_t panel) { return net_.panel_offset(panel, w.input_channels, w.output_channels); };
-    for (int64_t panel = first; panel < last; ++panel) {
-      const int64_t begin = net_.panel_begin(panel, w.output_channels), channel = begin * k_.lanes;
-      const int64_t next = panel + 1 < own_last ? panel + 1 : own_first;
-      k_.product({
-          .input = in,
-          .input_lines = net_.lines(w.input_channels),
-          .input_stride = in_stride,
-          .panel = w.panels + offset(panel),
-          .vectors = net_.panel_begin(panel + 1, w.output_channels) - begin,
-          .first_vector = begin,
-          .bias = w.bias + channel,
-          .gain = w.gain + channel,
-          .scale = w.scale + channel,
-          .shift = w.shift + channel,
-          .residual = residual,
-          .residual_stride = in_stride,
-          .output = out,
-          .output_stride = out_stride,
-          .tokens = tokens,
-          .activation = activation,
-          .prefetch = (panel + 1 < own_last ? w.panels : next_panels) + offset(next),
-          .prefetch_bytes = offset(next + 1) - offset(next),
-      });
+  struct Band {
+    int64_t first_row, last_row, tokens, bytes, offset;  // bytes: of one line of the band; offset: in a plane
+  };
+  Band band(int64_t i) const {
+    const int64_t first = i * height_ / bands_, last = (i + 1) * height_ / bands_, row = width_ * k_.line_bytes;
+    return {first, last, (last - first) * width_, (last - first) * row, first * row};
+  }
+
+  void embed(int64_t item, const Image& image, int thread) const {
+    const Band band = this->band(item);
+    char* patches = y_ + thread * y_bytes_;
+    k_.load_patches({input(image.index), shape_.patch, shape_.patch_stride, shape_.patch_padding, width_, band.first_row,
+                     band.last_row, patches, band.bytes});
+    const Pointwise stem = net_.stem();
+    product(stem, stem.panels, band, patches, nullptr, image.x[0] + band.offset);
+  }
+
+  void block(int64_t d, int64_t item, const Image& image, int thread) const {
+    const Band band = this->band(item);
+    const char* x = image.x[d & 1];
+    char* y = y_ + thread * y_bytes_;
+    float* scratch = reinterpret_cast<float*>(scratch_ + thread * scratch_bytes_);
+    for (int64_t line = 0; line < lines_; ++line) {
+      const Network::Depthwise w = net_.depthwise(d, line);
+      k_.depthwise({x + line * plane_bytes_, y + line * band.bytes, height_, width_, shape_.kernel_size, band.first_row,
+                    band.last_row, w.taps, w.bias, w.scale, w.shift, shape_.activation, scratch});
     }
+    const int64_t next = std::min(d + 1, shape_.depth - 1);
+    product(net_.pointwise(d, plan_.slot_of_block[d]), net_.pointwise(next, plan_.slot_of_block[next]).panels, band, y,
+            shape_.pw_residual ? y : nullptr, image.x[(d + 1) & 1] + band.offset);
+  }
+
+  // All panels of a matrix on a band; `next_panels` is what this thread reads after it.
+  void product(const Pointwise& w, const char* next_panels, const Band& band, const char* in, const char* residual,
+               char* out) const {
+    for (int64_t panel = 0; panel < net_.panels(w.output_channels); ++panel) {
+      run_panel(w, next_panels, panel, {in, band.bytes, residual, out, plane_bytes_, band.tokens, shape_.activation});
+    }
+  }
+
+  struct Operands {
+    const char* in;
+    int64_t in_stride;
+    const char* residual;
+    char* out;
+    int64_t out_stride, tokens;
+    Activation activation;
+  };
+  void run_panel(const Pointwise& w, const char* next_panels, int64_t panel, const Operands& o) const {
+    auto offset = [&](int64_t panel) { return net_.panel_offset(panel, w.input_channels, w.output_channels); };
+    const int64_t begin = net_.panel_begin(panel, w.output_channels), channel = begin * k_.lanes;
+    const bool last = panel + 1 == net_.panels(w.output_channels);
+    const int64_t next = last ? 0 : panel + 1;
+    k_.product({
+        .input = o.in,
+        .input_lines = net_.lines(w.input_channels),
+        .input_stride = o.in_stride,
+        .panel = w.panels + offset(panel),
+        .vectors = net_.panel_begin(panel + 1, w.output_channels) - begin,
+        .first_vector = begin,
+        .bias = w.bias + channel,
+        .gain = w.gain + channel,
+        .scale = w.scale + channel,
+        .shift = w.shift + channel,
+        .residual = o.residual,
+        .residual_stride = o.in_stride,
+        .output = o.out,
+        .output_stride = o.out_stride,
+        .tokens = o.tokens,
+        .activation = o.activation,
+        .prefetch = (last ? next_panels : w.panels) + offset(next),
+        .prefetch_bytes = offset(next + 1) - offset(next),
+    });
   }
 
   // The classifier: one product whose tokens are the images of the batch.
   void classify(Team& team, int thread, int64_t phase) const {
     const Pointwise w = net_.head();
     const int64_t stride = batch_.size * k_.line_bytes;
-    team.phase(thread, phase, net_.panels(shape_.classes), [&](int64_t panel, int64_t own_first, int64_t own_last) {
-      product(w, w.panels, panel, panel + 1, own_last, own_first, pooled_, stride, nullptr, logits_, stride, batch_.size,
-              Activation::kIdentity);
+    team.phase(thread, phase, net_.panels(shape_.classes), [&](int64_t panel) {
+      run_panel(w, w.panels, panel, {pooled_, stride, nullptr, logits_, stride, batch_.size, Activation::kIdentity});
     });
     External to = batch_.output;
     to.channels = shape_.classes, to.height = 1, to.width = batch_.size;
     to.channel_stride = 1, to.row_stride = 0, to.column_stride = batch_.output_stride;
-    team.phase(thread, phase + 1, net_.lines(shape_.classes), [&](int64_t line, int64_t, int64_t) {
+    team.phase(thread, phase + 1, net_.lines(shape_.classes), [&](int64_t line) {
       k_.store(logits_ + line * stride, line, to);
     });
   }
@@ -287,7 +280,7 @@ class Runner {
   const PackingPlan plan_;
   const Batch& batch_;
   const Parallel& parallel_;
-  int64_t height_, width_, lines_, input_lines_, band_rows_, single_images_;
+  int64_t height_, width_, lines_, input_lines_, bands_, single_images_;
   int threads_;
   int64_t plane_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0, packed_bytes_ = 0;
   int64_t pooled_bytes_ = 0, logits_bytes_ = 0;

@@ -28,20 +28,18 @@ class Team {
       : threads_(threads), stride_(round_up(threads + 1, kCountersPerLine)),
         counters_(new(std::align_val_t(kCacheLine)) std::atomic<int>[phases * stride_] {}) {}
 
-  // Called by every thread with the same phases in the same order. run(item, own_first, own_last) does one
-  // item; [own_first, own_last) is the calling thread's own range.
+  // Called by every thread with the same phases in the same order; run(item) does one item.
   template <class Run>
   void phase(int thread, int64_t phase, int64_t items, const Run& run) {
     std::atomic<int>* counters = counters_.get() + phase * stride_;
     std::atomic<int>& done = counters[threads_];
-    const int64_t own_first = items * thread / threads_, own_last = items * (thread + 1) / threads_;
     for (int i = 0; i < threads_; ++i) {
       const int owner = (thread + i) % threads_;
       const int64_t first = items * owner / threads_, count = items * (owner + 1) / threads_ - first;
       while (counters[owner].load(std::memory_order_relaxed) < count) {
         const int64_t claimed = counters[owner].fetch_add(1, std::memory_order_relaxed);
         if (claimed >= count) break;
-        run(first + claimed, own_first, own_last);
+        run(first + claimed);
         done.fetch_add(1, std::memory_order_release);
       }
     }
