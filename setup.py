@@ -21,6 +21,10 @@ class CMakeBuild(build_ext):
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *arguments], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
 
+    def copy_extensions_to_source(self):  # of an editable install
+        for library in (Path(self.build_lib) / "spin_kernels").glob("*.so"):
+            self.copy_file(str(library), str(ROOT / "spin_kernels"))
+
 
 # One extension stands for all libraries of the build: CMake puts them side by side.
 setup(ext_modules=[Extension("spin_kernels.spin_runtime", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -11,7 +11,9 @@ const CpuFeatures& cpu_features() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     return CpuFeatures{
-        .vendor = __builtin_cpu_is("intel") ? "intel" : __builtin_cpu_is("amd") ? "amd" : "other",
+        .vendor = __builtin_cpu_is("intel") ? "intel"
+                  : __builtin_cpu_is("amd") ? "amd"
+                                            : "other",
         .avx2_fma = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"),
         .avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),

@@ -35,10 +35,12 @@ struct Depthwise {
 
   // ---- k in {3, 5, 7, 9}: kColumns outputs in registers, the padding at the edges compiled away ----
 
-  using RowTile = void (*)(const float* input, int64_t row_stride, int64_t tap_rows, const float* taps, const float* bias, float* sums);
+  using RowTile = void (*)(const float* input, int64_t row_stride, int64_t tap_rows, const float* taps,
+                           const float* bias, float* sums);
 
   template <int kSize, int kColumns, bool kLeft, bool kRight>
-  static void row_tile(const float* input, int64_t row_stride, int64_t tap_rows, const float* taps, const float* bias, float* sums) {
+  static void row_tile(const float* input, int64_t row_stride, int64_t tap_rows, const float* taps, const float* bias,
+                       float* sums) {
     constexpr int kPad = kSize / 2;
     F sum[kColumns];
 #pragma GCC unroll 16
@@ -78,11 +80,16 @@ struct Depthwise {
 
   static RowTile find_row_tile(int64_t kernel_size, int64_t columns, bool left, bool right) {
     switch (kernel_size) {
-      case 3: return find_row_tile<3>(columns, left, right);
-      case 5: return find_row_tile<5>(columns, left, right);
-      case 7: return find_row_tile<7>(columns, left, right);
-      case 9: return find_row_tile<9>(columns, left, right);
-      default: return nullptr;
+      case 3:
+        return find_row_tile<3>(columns, left, right);
+      case 5:
+        return find_row_tile<5>(columns, left, right);
+      case 7:
+        return find_row_tile<7>(columns, left, right);
+      case 9:
+        return find_row_tile<9>(columns, left, right);
+      default:
+        return nullptr;
     }
   }
 
@@ -91,7 +98,8 @@ struct Depthwise {
   // ---- any k: rows padded with zeros on both sides, tap by tap ----
 
   template <int kColumns>
-  static void padded_tile(const float* input, int64_t row_stride, int64_t kernel_size, int64_t tap_rows, const float* taps, const float* bias, float* sums) {
+  static void padded_tile(const float* input, int64_t row_stride, int64_t kernel_size, int64_t tap_rows,
+                          const float* taps, const float* bias, float* sums) {
     F sum[kColumns];
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) sum[c] = V::load(bias);
@@ -155,11 +163,10 @@ struct Depthwise {
           function(input, source.stride, bottom - top, used, bias, sums);
         }
         const int64_t token = row * a.width + column;
-        epilogue<V, kActivation>({sums, V::kLanes, columns, nullptr, nullptr, a.scale + vector * V::kLanes,
-                                  a.shift + vector * V::kLanes,
-                                  a.input + token * kLineBytes + vector * kVectorBytes,
-                                  a.output + (token - a.first_row * a.width) * kLineBytes + vector * kVectorBytes,
-                                  kLineBytes});
+        epilogue<V, kActivation, true>(
+            {sums, V::kLanes, columns, nullptr, nullptr, a.scale + vector * V::kLanes, a.shift + vector * V::kLanes,
+             a.input + token * kLineBytes + vector * kVectorBytes,
+             a.output + (token - a.first_row * a.width) * kLineBytes + vector * kVectorBytes, kLineBytes});
       }
       column += columns;
     }

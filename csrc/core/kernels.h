@@ -14,49 +14,49 @@ namespace spin {
 
 // out = scale * act(gain * (W in) + bias) + shift (+ residual), for the channels of one panel.
 struct ProductArgs {
-  const char* input;       // first line, first token
-  int64_t input_lines;     // lines of input channels
-  int64_t input_stride;    // bytes from one line to the next
+  const char* input;     // first line, first token
+  int64_t input_lines;   // lines of input channels
+  int64_t input_stride;  // bytes from one line to the next
   const char* panel;
-  int64_t vectors;         // vectors of output channels in this panel
-  int64_t first_vector;    // the panel's first vector, counted over all output channels
-  const float* bias;       // these four point at the panel's first channel
+  int64_t vectors;       // vectors of output channels in this panel
+  int64_t first_vector;  // the panel's first vector, counted over all output channels
+  const float* bias;     // these four point at the panel's first channel
   const float* gain;
   const float* scale;
   const float* shift;
-  const char* residual;    // first line, first token; null: none
+  const char* residual;  // first line, first token; null: none
   int64_t residual_stride;
-  char* output;            // first line, first token
+  char* output;  // first line, first token
   int64_t output_stride;
   int64_t tokens;
   Activation activation;
-  const char* prefetch;    // what this core reads next: brought to L2 while this panel is computed
+  const char* prefetch;  // what this core reads next: brought to L2 while this panel is computed
   int64_t prefetch_bytes;
 };
 
 // out = x + scale * act(depthwise(x) + bias) + shift, for one line of channels and some rows.
 struct DepthwiseArgs {
-  const char* input;    // the whole plane of this line
-  char* output;         // first_row of this line
+  const char* input;  // the whole plane of this line
+  char* output;       // first_row of this line
   int64_t height, width, kernel_size;
   int64_t first_row, last_row;
-  const float* taps;    // [vector of the line][k * k][lane]
-  const float* bias;    // these three point at the line's first channel
+  const float* taps;  // [vector of the line][k * k][lane]
+  const float* bias;  // these three point at the line's first channel
   const float* scale;
   const float* shift;
   Activation activation;
-  float* scratch;       // depthwise_scratch() floats
+  float* scratch;  // depthwise_scratch() floats
 };
 
 // One panel of matrix rows = output channels: W = sum_t coefficients[t] * templates[t], or templates[0].
 struct PackArgs {
-  const char* source;          // row-major (templates, rows, columns)
+  const char* source;  // row-major (templates, rows, columns)
   DType type;
   int64_t templates;
-  int64_t template_stride;     // elements
-  const float* coefficients;   // null: a single plain matrix
+  int64_t template_stride;    // elements
+  const float* coefficients;  // null: a single plain matrix
   int64_t rows, columns;
-  int64_t first_row;           // the panel's first output channel
+  int64_t first_row;  // the panel's first output channel
   int64_t vectors;
   char* panel;
 };
@@ -74,15 +74,15 @@ struct PatchArgs {
   External image;
   int64_t patch, stride, padding;
   int64_t grid_width;
-  int64_t first_row, last_row;   // rows of the token grid
-  char* output;                  // first_row's first token in the first line of channels
-  int64_t output_stride;         // bytes from one line to the next
+  int64_t first_row, last_row;  // rows of the token grid
+  char* output;                 // first_row's first token in the first line of channels
+  int64_t output_stride;        // bytes from one line to the next
 };
 
 struct Kernels {
   const char* name;
-  int64_t lanes;           // channels in a vector
-  int64_t line_channels;   // channels in a line
+  int64_t lanes;          // channels in a vector
+  int64_t line_channels;  // channels in a line
   int64_t line_bytes;
   int64_t panel_vectors;
   int64_t units_per_line;  // 4-byte units in a line: the steps of the product per line

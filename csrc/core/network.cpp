@@ -105,8 +105,9 @@ void Network::pack_ends(const EndWeights& w) const {
     const float* affine;
     int64_t inputs, outputs, matrix, vectors;
   };
-  for (const End& end : {End{w.patch_weight, w.patch_bias, w.patch_affine, patch_inputs(), shape_.channels, stem_, stem_vectors_},
-                         End{w.head_weight, w.head_bias, nullptr, shape_.channels, shape_.classes, head_, head_vectors_}}) {
+  for (const End& end :
+       {End{w.patch_weight, w.patch_bias, w.patch_affine, patch_inputs(), shape_.channels, stem_, stem_vectors_},
+        End{w.head_weight, w.head_bias, nullptr, shape_.channels, shape_.classes, head_, head_vectors_}}) {
     const int64_t stride = padded(end.outputs);
     float* to = floats(end.vectors);
     copy_vector(end.bias, shape_.type, end.outputs, 0.f, stride, to);
@@ -142,9 +143,13 @@ Network::Depthwise Network::depthwise(int64_t block, int64_t line) const {
 
 Pointwise Network::pointwise(int64_t block, int64_t slot) const {
   const int64_t channels = shape_.channels, stride = padded(channels);
-  return {at(matrices_) + slot * matrix_bytes(channels, channels), channels, channels,
-          floats(pw_bias_) + shape_.pw_index[block] * stride, floats(pw_gain_) + block * stride,
-          floats(pw_affine_) + 2 * block * stride, floats(pw_affine_) + (2 * block + 1) * stride};
+  return {at(matrices_) + slot * matrix_bytes(channels, channels),
+          channels,
+          channels,
+          floats(pw_bias_) + shape_.pw_index[block] * stride,
+          floats(pw_gain_) + block * stride,
+          floats(pw_affine_) + 2 * block * stride,
+          floats(pw_affine_) + (2 * block + 1) * stride};
 }
 
 Pointwise Network::stem() const {
@@ -228,10 +233,21 @@ Network open_blob(char* blob, int64_t bytes) {
   within(h.bytes, header_bytes(h.depth), bytes);
   h.isa[sizeof(h.isa) - 1] = 0;
   NetworkShape s{
-      .channels = h.channels, .kernel_size = h.kernel_size, .depth = h.depth, .filters = h.filters,
-      .matrices = h.matrices, .dw_index = {}, .pw_index = {}, .activation = Activation(h.activation),
-      .pw_residual = h.pw_residual != 0, .type = DType(h.type), .in_channels = h.in_channels, .patch = h.patch,
-      .patch_stride = h.patch_stride, .patch_padding = h.patch_padding, .classes = h.classes,
+      .channels = h.channels,
+      .kernel_size = h.kernel_size,
+      .depth = h.depth,
+      .filters = h.filters,
+      .matrices = h.matrices,
+      .dw_index = {},
+      .pw_index = {},
+      .activation = Activation(h.activation),
+      .pw_residual = h.pw_residual != 0,
+      .type = DType(h.type),
+      .in_channels = h.in_channels,
+      .patch = h.patch,
+      .patch_stride = h.patch_stride,
+      .patch_padding = h.patch_padding,
+      .classes = h.classes,
   };
   const int64_t* index = reinterpret_cast<const int64_t*>(blob + sizeof(h));
   s.dw_index.assign(index, index + h.depth);

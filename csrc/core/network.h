@@ -11,11 +11,11 @@ namespace spin {
 
 struct NetworkShape {
   int64_t channels = 0, kernel_size = 0, depth = 0;
-  int64_t filters = 0, matrices = 0;         // distinct depthwise filters, distinct pointwise matrices
-  std::vector<int64_t> dw_index, pw_index;   // which of them block d uses; `depth` entries each
+  int64_t filters = 0, matrices = 0;        // distinct depthwise filters, distinct pointwise matrices
+  std::vector<int64_t> dw_index, pw_index;  // which of them block d uses; `depth` entries each
   Activation activation = Activation::kGelu;
   bool pw_residual = false;
-  DType type = DType::kFloat32;              // of the tensors outside
+  DType type = DType::kFloat32;  // of the tensors outside
   // Patch embedding and classifier: both or none (patch = 0).
   int64_t in_channels = 0, patch = 0, patch_stride = 0, patch_padding = 0, classes = 0;
 
@@ -35,7 +35,7 @@ struct MixerWeights {
 };
 struct EndWeights {
   const char *patch_weight, *patch_bias;
-  const float* patch_affine;   // (2, channels): scale, shift
+  const float* patch_affine;  // (2, channels): scale, shift
   const char *head_weight, *head_bias;
 };
 
@@ -55,15 +55,13 @@ class Network {
   const NetworkShape& shape() const { return shape_; }
   int64_t bytes() const { return bytes_; }
   int64_t matrix_bytes(int64_t inputs, int64_t outputs) const;
-  int64_t vectors(int64_t channels) const;                    // of a padded line
+  int64_t vectors(int64_t channels) const;  // of a padded line
   int64_t lines(int64_t channels) const { return ceil_div(channels, kernels_->line_channels); }
   int64_t panels(int64_t channels) const { return ceil_div(vectors(channels), kernels_->panel_vectors); }
   int64_t patch_inputs() const { return shape_.in_channels * shape_.patch * shape_.patch; }
 
   // The first vector of a panel; panel == panels(channels) gives the end. Vectors are dealt out evenly.
-  int64_t panel_begin(int64_t panel, int64_t channels) const {
-    return panel * vectors(channels) / panels(channels);
-  }
+  int64_t panel_begin(int64_t panel, int64_t channels) const { return panel * vectors(channels) / panels(channels); }
   // Bytes of the panels before this one.
   int64_t panel_offset(int64_t panel, int64_t inputs, int64_t outputs) const {
     return panel_begin(panel, outputs) * matrix_bytes(inputs, outputs) / vectors(outputs);
@@ -103,7 +101,7 @@ class Network {
 
 // A frozen network is one self-describing blob: a header, the shape, then the packed memory.
 int64_t blob_bytes(const Network& network);
-void write_blob_header(const Network& network, char* blob);   // and binds the network to the blob
+void write_blob_header(const Network& network, char* blob);  // and binds the network to the blob
 // Throws std::runtime_error for anything that write_blob_header did not write.
 Network open_blob(char* blob, int64_t bytes);
 

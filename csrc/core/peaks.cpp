@@ -51,10 +51,12 @@ double measure_copy_gbps(const Parallel& parallel, double seconds) {
     from[thread].assign(kBytes, 1);
     to[thread].assign(kBytes, 2);
   });
-  return best_rate(parallel, seconds, [&](int thread) {
-    std::memcpy(to[thread].data(), from[thread].data(), kBytes);
-    return 2.0 * kBytes;
-  }) * 1e-9;
+  return best_rate(parallel, seconds,
+                   [&](int thread) {
+                     std::memcpy(to[thread].data(), from[thread].data(), kBytes);
+                     return 2.0 * kBytes;
+                   }) *
+         1e-9;
 }
 
 }  // namespace spin

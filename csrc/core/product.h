@@ -69,7 +69,8 @@ struct Product {
   }
 
   template <int kVectors, int kTokens = V::kTileTokens>
-  static SPIN_INLINE void tile_of(int64_t tokens, const ProductArgs& a, const char* input, float* sums, Prefetch& prefetch) {
+  static SPIN_INLINE void tile_of(int64_t tokens, const ProductArgs& a, const char* input, float* sums,
+                                  Prefetch& prefetch) {
     if constexpr (kTokens > 1) {
       if (tokens < kTokens) return tile_of<kVectors, kTokens - 1>(tokens, a, input, sums, prefetch);
     }
@@ -91,12 +92,11 @@ struct Product {
           const int64_t vector = a.first_vector + v;
           const int64_t line = vector / V::kLineVectors;
           const int64_t place = vector % V::kLineVectors * kVectorBytes + token * kLineBytes;
-          epilogue<V, decltype(activation)::value>({sums + v * V::kLanes, kVectors * V::kLanes, tokens,
-                                                    a.gain + v * V::kLanes, a.bias + v * V::kLanes,
-                                                    a.scale + v * V::kLanes, a.shift + v * V::kLanes,
-                                                    a.residual ? a.residual + line * a.residual_stride + place : nullptr,
-                                                    a.output + line * a.output_stride + place,
-                                                    kLineBytes});
+          epilogue<V, decltype(activation)::value, false>(
+              {sums + v * V::kLanes, kVectors * V::kLanes, tokens, a.gain + v * V::kLanes, a.bias + v * V::kLanes,
+               a.scale + v * V::kLanes, a.shift + v * V::kLanes,
+               a.residual ? a.residual + line * a.residual_stride + place : nullptr,
+               a.output + line * a.output_stride + place, kLineBytes});
         }
         token += tokens;
       }

@@ -22,9 +22,9 @@
 namespace spin {
 namespace {
 
-constexpr int64_t kBandBytes = 2 << 20;      // of y: about what one core's L2 holds beside the panels
-constexpr int64_t kPackedBytes = 16 << 20;   // of matrices that are packed ahead of their use
-constexpr double kFlopsPerThread = 2e6;      // below this a second thread costs more than it brings
+constexpr int64_t kBandBytes = 2 << 20;     // of y: about what one core's L2 holds beside the panels
+constexpr int64_t kPackedBytes = 16 << 20;  // of matrices that are packed ahead of their use
+constexpr double kFlopsPerThread = 2e6;     // below this a second thread costs more than it brings
 
 // What happens to an image, one step after the other. Items of a step are independent of each other.
 struct Step {
@@ -47,8 +47,13 @@ class Runner {
  public:
   // With `weights` the network has no memory yet: it lives in the workspace and is packed on the way.
   Runner(Network& network, const MixerWeights* weights, PackingPlan plan, const Batch& batch, const Parallel& parallel)
-      : net_(network), k_(network.kernels()), shape_(network.shape()), weights_(weights), plan_(std::move(plan)),
-        batch_(batch), parallel_(parallel) {
+      : net_(network),
+        k_(network.kernels()),
+        shape_(network.shape()),
+        weights_(weights),
+        plan_(std::move(plan)),
+        batch_(batch),
+        parallel_(parallel) {
     height_ = shape_.whole() ? grid(batch.input.height) : batch.input.height;
     width_ = shape_.whole() ? grid(batch.input.width) : batch.input.width;
     lines_ = net_.lines(shape_.channels);
@@ -92,8 +97,7 @@ class Runner {
         for (int64_t index = single_images_; index < batch_.size; ++index) {
           const Image image = image_at(index, 0);
           for (const Step& step : steps[i]) {
-            team.phase(thread, phase++, items(step),
-                       [&](int64_t item) { run_item(step, item, image, thread); });
+            team.phase(thread, phase++, items(step), [&](int64_t item) { run_item(step, item, image, thread); });
           }
         }
       }
@@ -111,7 +115,8 @@ class Runner {
   std::vector<Step> image_steps(const Segment& segment) const {
     std::vector<Step> steps;
     if (segment.first_block == 0) steps.push_back({shape_.whole() ? Step::kEmbed : Step::kLoad, 0});
-    for (int64_t block = segment.first_block; block < segment.last_block; ++block) steps.push_back({Step::kBlock, block});
+    for (int64_t block = segment.first_block; block < segment.last_block; ++block)
+      steps.push_back({Step::kBlock, block});
     if (segment.last_block == shape_.depth) {
       steps.push_back({shape_.whole() ? Step::kPool : Step::kStore, shape_.depth});
     }
@@ -162,13 +167,17 @@ class Runner {
   void run_item(const Step& step, int64_t item, const Image& image, int thread) const {
     const char* x_in = image.x[step.block & 1];
     switch (step.kind) {
-      case Step::kLoad: return k_.load(input(image.index), item, image.x[0] + item * plane_bytes_);
-      case Step::kStore: return k_.store(x_in + item * plane_bytes_, item, output(image.index));
+      case Step::kLoad:
+        return k_.load(input(image.index), item, image.x[0] + item * plane_bytes_);
+      case Step::kStore:
+        return k_.store(x_in + item * plane_bytes_, item, output(image.index));
       case Step::kPool:
         return k_.pool(x_in + item * plane_bytes_, height_ * width_,
                        pooled_ + (item * batch_.size + image.index) * k_.line_bytes);
-      case Step::kEmbed: return embed(item, image, thread);
-      case Step::kBlock: return block(step.block, item, image, thread);
+      case Step::kEmbed:
+        return embed(item, image, thread);
+      case Step::kBlock:
+        return block(step.block, item, image, thread);
     }
   }
 
@@ -183,8 +192,8 @@ class Runner {
   void embed(int64_t item, const Image& image, int thread) const {
     const Band band = this->band(item);
     char* patches = y_ + thread * y_bytes_;
-    k_.load_patches({input(image.index), shape_.patch, shape_.patch_stride, shape_.patch_padding, width_, band.first_row,
-                     band.last_row, patches, band.bytes});
+    k_.load_patches({input(image.index), shape_.patch, shape_.patch_stride, shape_.patch_padding, width_,
+                     band.first_row, band.last_row, patches, band.bytes});
     const Pointwise stem = net_.stem();
     product(stem, stem.panels, band, patches, nullptr, image.x[0] + band.offset);
   }
@@ -257,9 +266,8 @@ class Runner {
     External to = batch_.output;
     to.channels = shape_.classes, to.height = 1, to.width = batch_.size;
     to.channel_stride = 1, to.row_stride = 0, to.column_stride = batch_.output_stride;
-    team.phase(thread, phase + 1, net_.lines(shape_.classes), [&](int64_t line) {
-      k_.store(logits_ + line * stride, line, to);
-    });
+    team.phase(thread, phase + 1, net_.lines(shape_.classes),
+               [&](int64_t line) { k_.store(logits_ + line * stride, line, to); });
   }
 
   External input(int64_t image) const {

@@ -7,9 +7,9 @@ namespace spin {
 
 struct Batch {
   int64_t size;
-  External input;            // of the first image
-  int64_t input_stride;      // elements from one image to the next
-  External output;           // without classifier: of the first image
+  External input;        // of the first image
+  int64_t input_stride;  // elements from one image to the next
+  External output;       // without classifier: of the first image
   int64_t output_stride;
 };
 

@@ -10,7 +10,7 @@ struct Avx2 {
   using F = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kPanelVectors = 2;
-  static constexpr int kTileTokens = 6;    // 12 accumulators + 2 weights + 1 broadcast
+  static constexpr int kTileTokens = 6;  // 12 accumulators + 2 weights + 1 broadcast
   static constexpr int kRowColumns = 8;
   static constexpr int kLineVectors = 1;
   static constexpr DType kChain = DType::kFloat32;
@@ -78,7 +78,7 @@ struct Avx2 {
     }
   }
 
-  static constexpr bool kHasPermute = false;  // 8-entry permutations are too short for the erf table
+  static constexpr bool kHasPermute = false;  // 8 entries are too few for the table of erf
 };
 
 }  // namespace spin

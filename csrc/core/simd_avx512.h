@@ -10,8 +10,8 @@ struct Avx512 {
   using F = __m512;
   static constexpr int kLanes = 16;
   static constexpr int kPanelVectors = 3;
-  static constexpr int kTileTokens = 8;     // 24 accumulators + 3 weights + broadcasts
-  static constexpr int kRowColumns = 16;    // outputs of a depthwise row held in registers
+  static constexpr int kTileTokens = 8;   // 24 accumulators + 3 weights + broadcasts
+  static constexpr int kRowColumns = 16;  // outputs of a depthwise row held in registers
   static constexpr int kLineVectors = 1;
   static constexpr DType kChain = DType::kFloat32;
 
@@ -53,9 +53,8 @@ struct Avx512 {
 
   static SPIN_INLINE void store_as(void* p, DType type, F x) {
     if (type == DType::kFloat32) return _mm512_storeu_ps(p, x);
-    _mm256_storeu_si256(static_cast<__m256i*>(p), type == DType::kFloat16
-                                                      ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT)
-                                                      : to_bfloat16(x));
+    _mm256_storeu_si256(static_cast<__m256i*>(p),
+                        type == DType::kFloat16 ? _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT) : to_bfloat16(x));
   }
 
   // Loads and stores of the chain's own element type.
@@ -97,12 +96,10 @@ struct Avx512 {
     }
   }
 
-  // Piecewise polynomials with 16 pieces: entry `index` of a 16-entry table, by one permutation.
+  // Entry number (low 5 bits of `index`) of a table with 32 entries, by one permutation.
   static constexpr bool kHasPermute = true;
-  static SPIN_INLINE __m512i indices(F x) { return _mm512_cvttps_epi32(x); }
-  static SPIN_INLINE F truncated(__m512i index) { return _mm512_cvtepi32_ps(index); }
-  static SPIN_INLINE F lookup(const float* table, __m512i index) {
-    return _mm512_permutexvar_ps(index, _mm512_load_ps(table));
+  static SPIN_INLINE F lookup(const float* table, F index) {
+    return _mm512_permutex2var_ps(_mm512_load_ps(table), _mm512_castps_si512(index), _mm512_load_ps(table + 16));
   }
 };
 
@@ -118,9 +115,7 @@ struct Avx512Bf16 : Avx512 {
   static SPIN_INLINE void store_chain(void* p, F x) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
   }
-  static SPIN_INLINE F to_units(const F* line) {
-    return reinterpret_cast<F>(_mm512_cvtne2ps_pbh(line[1], line[0]));
-  }
+  static SPIN_INLINE F to_units(const F* line) { return reinterpret_cast<F>(_mm512_cvtne2ps_pbh(line[1], line[0])); }
 };
 #endif
 

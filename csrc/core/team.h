@@ -25,8 +25,9 @@ struct Parallel {
 class Team {
  public:
   Team(int threads, int64_t phases)
-      : threads_(threads), stride_(round_up(threads + 1, kCountersPerLine)),
-        counters_(new(std::align_val_t(kCacheLine)) std::atomic<int>[phases * stride_] {}) {}
+      : threads_(threads),
+        stride_(round_up(threads + 1, kCountersPerLine)),
+        counters_(new (std::align_val_t(kCacheLine)) std::atomic<int>[phases * stride_] {}) {}
 
   // Called by every thread with the same phases in the same order; run(item) does one item.
   template <class Run>

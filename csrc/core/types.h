@@ -66,8 +66,7 @@ SPIN_INLINE void store_scalar(void* data, DType type, int64_t i, float value) {
   if (type == DType::kFloat32) {
     static_cast<float*>(data)[i] = value;
   } else {
-    static_cast<uint16_t*>(data)[i] =
-        type == DType::kBFloat16 ? float_to_bfloat16(value) : float_to_float16(value);
+    static_cast<uint16_t*>(data)[i] = type == DType::kBFloat16 ? float_to_bfloat16(value) : float_to_float16(value);
   }
 }
 

@@ -36,13 +36,19 @@ Block allocate(int64_t bytes) {
   const int64_t capacity = round_up(bytes, bytes < kHugePage ? 4096 : kHugePage);
   void* data = std::aligned_alloc(bytes < kHugePage ? 4096 : kHugePage, capacity);
   if (!data) throw std::bad_alloc();
-#if defined(__linux__)
-  if (capacity >= kHugePage) madvise(data, capacity, MADV_HUGEPAGE);  // fewer page faults, fewer TLB misses
-#endif
+  advise_huge_pages(static_cast<char*>(data), capacity);
   return {static_cast<char*>(data), capacity};
 }
 
 }  // namespace
+
+void advise_huge_pages(char* data, int64_t bytes) {
+#if defined(__linux__)
+  const int64_t begin = round_up(reinterpret_cast<intptr_t>(data), kHugePage);
+  const int64_t end = (reinterpret_cast<intptr_t>(data) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 Workspace::Workspace(int64_t bytes) {
   if (bytes < 1) bytes = 1;

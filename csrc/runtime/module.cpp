@@ -49,14 +49,21 @@ const char* data_of(const py::array& array, DType type, std::vector<py::ssize_t>
   }
   return static_cast<const char*>(array.data());
 }
-const char* data_of(const std::optional<py::array>& array, DType type, std::vector<py::ssize_t> shape, const char* name) {
+const char* data_of(const std::optional<py::array>& array, DType type, std::vector<py::ssize_t> shape,
+                    const char* name) {
   return array ? data_of(*array, type, std::move(shape), name) : nullptr;
 }
 
 External view_of(const py::array& x, DType type) {
   const py::ssize_t size = x.itemsize();
-  return {static_cast<char*>(const_cast<void*>(x.data())), type, x.shape(1), x.shape(2), x.shape(3),
-          x.strides(1) / size, x.strides(2) / size, x.strides(3) / size};
+  return {static_cast<char*>(const_cast<void*>(x.data())),
+          type,
+          x.shape(1),
+          x.shape(2),
+          x.shape(3),
+          x.strides(1) / size,
+          x.strides(2) / size,
+          x.strides(3) / size};
 }
 
 py::array mixer(const py::array& x, const py::array& dw_weight, const std::optional<py::array>& dw_bias,
@@ -102,7 +109,8 @@ py::array mixer(const py::array& x, const py::array& dw_weight, const std::optio
       .pw_gain = floats(data_of(pw_gain, DType::kFloat32, {D, C}, "pw_gain")),
   };
   py::array y(x.dtype(), std::vector<py::ssize_t>{x.shape(0), x.shape(1), x.shape(2), x.shape(3)});
-  const Batch batch{x.shape(0), view_of(x, type), x.strides(0) / x.itemsize(), view_of(y, type), y.strides(0) / y.itemsize()};
+  const Batch batch{x.shape(0), view_of(x, type), x.strides(0) / x.itemsize(), view_of(y, type),
+                    y.strides(0) / y.itemsize()};
   const Kernels& kernels = select_kernels(type, isa);
   const Parallel parallel = own_threads(threads);
   py::gil_scoped_release release;
@@ -115,13 +123,15 @@ py::array mixer(const py::array& x, const py::array& dw_weight, const std::optio
   network.bind(memory.data());
   for (int64_t item = 0; item < network.parameter_items(); ++item) network.pack_parameters(weights, item);
   for (int64_t matrix = 0; matrix < s.matrices; ++matrix) {
-    for (int64_t panel = 0; panel < network.panels(C); ++panel) network.pack_matrix_panel(weights, matrix, matrix, panel);
+    for (int64_t panel = 0; panel < network.panels(C); ++panel)
+      network.pack_matrix_panel(weights, matrix, matrix, panel);
   }
   run_packed(network, batch, parallel);
   return y;
 }
 
-py::array_t<float> activate(const std::string& activation, const py::array_t<float, py::array::c_style>& x, const std::string& isa) {
+py::array_t<float> activate(const std::string& activation, const py::array_t<float, py::array::c_style>& x,
+                            const std::string& isa) {
   const Kernels& kernels = select_kernels(DType::kFloat32, isa);
   const int64_t count = x.size();
   std::vector<float> padded(x.data(), x.data() + count);
@@ -178,14 +188,17 @@ py::list packing_plan(const std::vector<int64_t>& pw_index, int64_t slots) {
 PYBIND11_MODULE(spin_runtime, m) {
   using namespace py::literals;
   m.doc() = "The CPU kernels of spin_kernels for NumPy arrays; bfloat16 is passed as the bits in uint16.";
-  m.def("cpu_features", &spin::features, "Instruction sets of this processor and the kernels that are chosen for them.");
+  m.def("cpu_features", &spin::features,
+        "Instruction sets of this processor and the kernels that are chosen for them.");
   m.def("measure_peaks", &spin::measure_peaks, "threads"_a, "seconds"_a = 1.0,
         "Multiply-add rates in registers (GFLOP/s) and copy bandwidth (GB/s, read plus written).");
-  m.def("mixer", &spin::mixer, "x"_a, "dw_weight"_a, "dw_bias"_a, "dw_affine"_a, "pw_weight"_a, "pw_bias"_a, "pw_affine"_a,
-        "pw_index"_a, py::kw_only(), "dw_index"_a = py::none(), "pw_coefficients"_a = py::none(), "pw_gain"_a = py::none(),
-        "activation"_a = "gelu", "pw_residual"_a = false, "threads"_a = 1, "isa"_a = "", "packed"_a = false,
+  m.def("mixer", &spin::mixer, "x"_a, "dw_weight"_a, "dw_bias"_a, "dw_affine"_a, "pw_weight"_a, "pw_bias"_a,
+        "pw_affine"_a, "pw_index"_a, py::kw_only(), "dw_index"_a = py::none(), "pw_coefficients"_a = py::none(),
+        "pw_gain"_a = py::none(), "activation"_a = "gelu", "pw_residual"_a = false, "threads"_a = 1, "isa"_a = "",
+        "packed"_a = false,
         "shared_mixer_block on contiguous weights; packed=True runs from weights that were all packed first.");
   m.def("activate", &spin::activate, "activation"_a, "x"_a, "isa"_a = "", "An activation function, elementwise.");
   m.def("packing_plan", &spin::packing_plan, "pw_index"_a, "slots"_a,
-        "Segments (first block, last block, [(matrix, slot)], slot of each block) with at most `slots` slots if possible.");
+        "Segments (first block, last block, [(matrix, slot)], slot of each block) with at most `slots` slots if "
+        "possible.");
 }

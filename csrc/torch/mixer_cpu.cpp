@@ -18,7 +18,6 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Strings = std::string;
 
 #define SPIN_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
 
@@ -34,15 +33,19 @@ Parallel torch_parallel() {
 DType dtype_of(const Tensor& t, const char* name) {
   SPIN_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: SPIN_CHECK(false, name, ": expected float32, bfloat16 or float16");
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      SPIN_CHECK(false, name, ": expected float32, bfloat16 or float16");
   }
   return DType::kFloat32;
 }
 
-Activation activation_of(const Strings& name) {
+Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "relu") return Activation::kRelu;
@@ -80,7 +83,7 @@ Mixer read_mixer(const Tensor& dw_weight, const std::optional<Tensor>& dw_bias, 
                  const Tensor& pw_weight, const std::optional<Tensor>& pw_bias, const Tensor& pw_affine,
                  const std::optional<Tensor>& pw_coefficients, const std::optional<Tensor>& pw_gain,
                  const std::vector<int64_t>& pw_index, const std::optional<std::vector<int64_t>>& dw_index,
-                 const Strings& activation, bool pw_residual) {
+                 const std::string& activation, bool pw_residual) {
   SPIN_CHECK(dw_weight.dim() == 4, "dw_weight: expected rank 4");
   SPIN_CHECK(pw_weight.dim() == 3, "pw_weight: expected rank 3");
   SPIN_CHECK(!pw_coefficients || pw_coefficients->dim() == 2, "pw_coefficients: expected rank 2");
@@ -93,7 +96,8 @@ Mixer read_mixer(const Tensor& dw_weight, const std::optional<Tensor>& dw_bias, 
   s.activation = activation_of(activation), s.pw_residual = pw_residual;
   s.type = dtype_of(dw_weight, "dw_weight");
   SPIN_CHECK(s.channels >= 1 && s.channels <= kMaxChannels, "dw_weight: expected 1 to ", kMaxChannels, " channels");
-  SPIN_CHECK(s.kernel_size % 2 == 1 && s.kernel_size <= kMaxKernelSize, "dw_weight: expected an odd kernel size up to ", kMaxKernelSize);
+  SPIN_CHECK(s.kernel_size % 2 == 1 && s.kernel_size <= kMaxKernelSize, "dw_weight: expected an odd kernel size up to ",
+             kMaxKernelSize);
   if (dw_index) {
     s.dw_index = *dw_index;
   } else {
@@ -121,7 +125,8 @@ Mixer read_mixer(const Tensor& dw_weight, const std::optional<Tensor>& dw_bias, 
 }
 
 External view_of(const Tensor& t, DType type) {  // of the first image of a (B, C, H, W) tensor
-  return {static_cast<char*>(t.data_ptr()), type, t.size(1), t.size(2), t.size(3), t.stride(1), t.stride(2), t.stride(3)};
+  return {
+      static_cast<char*>(t.data_ptr()), type, t.size(1), t.size(2), t.size(3), t.stride(1), t.stride(2), t.stride(3)};
 }
 
 Tensor empty_like(const Tensor& t, std::vector<int64_t> shape) {
@@ -140,8 +145,8 @@ Tensor output_for(const Tensor& x) {
 }
 
 void check_input(const Tensor& x, const NetworkShape& shape) {
-  SPIN_CHECK(x.dim() == 4 && x.size(1) == shape.channels && x.size(2) >= 1 && x.size(3) >= 1, "x: expected shape (batch, ",
-             shape.channels, ", height, width)");
+  SPIN_CHECK(x.dim() == 4 && x.size(1) == shape.channels && x.size(2) >= 1 && x.size(3) >= 1,
+             "x: expected shape (batch, ", shape.channels, ", height, width)");
   SPIN_CHECK(dtype_of(x, "x") == shape.type, "x: expected the dtype of the weights");
 }
 
@@ -149,16 +154,17 @@ Batch batch_of(const Tensor& x, const Tensor& y, DType type) {
   return {x.size(0), view_of(x, type), x.stride(0), view_of(y, type), y.stride(0)};
 }
 
-Tensor mixer_cpu(const Tensor& x, const Tensor& dw_weight, const std::optional<Tensor>& dw_bias, const Tensor& dw_affine,
-                 const Tensor& pw_weight, const std::optional<Tensor>& pw_bias, const Tensor& pw_affine,
-                 const std::optional<Tensor>& pw_coefficients, const std::optional<Tensor>& pw_gain,
-                 const std::vector<int64_t>& pw_index, const std::optional<std::vector<int64_t>>& dw_index,
-                 const Strings& activation, bool pw_residual) {
+Tensor mixer_cpu(const Tensor& x, const Tensor& dw_weight, const std::optional<Tensor>& dw_bias,
+                 const Tensor& dw_affine, const Tensor& pw_weight, const std::optional<Tensor>& pw_bias,
+                 const Tensor& pw_affine, const std::optional<Tensor>& pw_coefficients,
+                 const std::optional<Tensor>& pw_gain, const std::vector<int64_t>& pw_index,
+                 const std::optional<std::vector<int64_t>>& dw_index, const std::string& activation, bool pw_residual) {
   const Mixer m = read_mixer(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain,
                              pw_index, dw_index, activation, pw_residual);
   check_input(x, m.shape);
   Tensor y = output_for(x);
-  run_unpacked(select_kernels(m.shape.type, forced_isa()), m.shape, m.weights, batch_of(x, y, m.shape.type), torch_parallel());
+  run_unpacked(select_kernels(m.shape.type, forced_isa()), m.shape, m.weights, batch_of(x, y, m.shape.type),
+               torch_parallel());
   return y;
 }
 
@@ -171,6 +177,7 @@ Tensor pack(const Tensor& like, NetworkShape shape, const MixerWeights& weights,
   const int64_t bytes = blob_bytes(network);
   Tensor blob = torch::stable::new_empty(like, {&bytes, 1}, ScalarType::Byte);
   char* data = static_cast<char*>(blob.mutable_data_ptr());
+  advise_huge_pages(data, bytes);
   write_blob_header(network, data);
   network.bind(data + bytes - network.bytes());
   if (ends) network.pack_ends(*ends);
@@ -198,7 +205,7 @@ Tensor pack_mixer(const Tensor& dw_weight, const std::optional<Tensor>& dw_bias,
                   const Tensor& pw_weight, const std::optional<Tensor>& pw_bias, const Tensor& pw_affine,
                   const std::optional<Tensor>& pw_coefficients, const std::optional<Tensor>& pw_gain,
                   const std::vector<int64_t>& pw_index, const std::optional<std::vector<int64_t>>& dw_index,
-                  const Strings& activation, bool pw_residual) {
+                  const std::string& activation, bool pw_residual) {
   const Mixer m = read_mixer(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain,
                              pw_index, dw_index, activation, pw_residual);
   return pack(dw_weight, m.shape, m.weights, nullptr);
@@ -215,24 +222,28 @@ Tensor frozen_mixer(const Tensor& x, const Tensor& packed) {
 
 Tensor pack_network(const Tensor& patch_weight, const std::optional<Tensor>& patch_bias, const Tensor& patch_affine,
                     int64_t patch_stride, int64_t patch_padding, const Tensor& head_weight,
-                    const std::optional<Tensor>& head_bias, const Tensor& dw_weight, const std::optional<Tensor>& dw_bias,
-                    const Tensor& dw_affine, const Tensor& pw_weight, const std::optional<Tensor>& pw_bias,
-                    const Tensor& pw_affine, const std::optional<Tensor>& pw_coefficients,
-                    const std::optional<Tensor>& pw_gain, const std::vector<int64_t>& pw_index,
-                    const std::optional<std::vector<int64_t>>& dw_index, const Strings& activation, bool pw_residual) {
+                    const std::optional<Tensor>& head_bias, const Tensor& dw_weight,
+                    const std::optional<Tensor>& dw_bias, const Tensor& dw_affine, const Tensor& pw_weight,
+                    const std::optional<Tensor>& pw_bias, const Tensor& pw_affine,
+                    const std::optional<Tensor>& pw_coefficients, const std::optional<Tensor>& pw_gain,
+                    const std::vector<int64_t>& pw_index, const std::optional<std::vector<int64_t>>& dw_index,
+                    const std::string& activation, bool pw_residual) {
   Mixer m = read_mixer(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain, pw_index,
                        dw_index, activation, pw_residual);
   NetworkShape& s = m.shape;
   SPIN_CHECK(patch_weight.dim() == 4 && head_weight.dim() == 2, "patch_weight, head_weight: expected ranks 4 and 2");
   s.in_channels = patch_weight.size(1), s.patch = patch_weight.size(2), s.classes = head_weight.size(0);
   s.patch_stride = patch_stride, s.patch_padding = patch_padding;
-  SPIN_CHECK(s.in_channels >= 1 && s.in_channels <= 1024 && s.patch >= 1 && s.patch <= 64, "patch_weight: expected 1 to 1024 input channels and a patch of 1 to 64");
-  SPIN_CHECK(patch_stride >= 1 && patch_stride <= 1024 && patch_padding >= 0 && patch_padding <= 1024, "patch_stride, patch_padding: out of range");
+  SPIN_CHECK(s.in_channels >= 1 && s.in_channels <= 1024 && s.patch >= 1 && s.patch <= 64,
+             "patch_weight: expected 1 to 1024 input channels and a patch of 1 to 64");
+  SPIN_CHECK(patch_stride >= 1 && patch_stride <= 1024 && patch_padding >= 0 && patch_padding <= 1024,
+             "patch_stride, patch_padding: out of range");
   SPIN_CHECK(s.classes >= 1 && s.classes <= (1 << 20), "head_weight: expected 1 to ", 1 << 20, " classes");
   EndWeights ends;
   std::vector<Tensor> keep;
   keep.reserve(5);
-  ends.patch_weight = data_of(patch_weight, s.type, {s.channels, s.in_channels, s.patch, s.patch}, "patch_weight", keep);
+  ends.patch_weight =
+      data_of(patch_weight, s.type, {s.channels, s.in_channels, s.patch, s.patch}, "patch_weight", keep);
   ends.patch_bias = data_of(patch_bias, s.type, {s.channels}, "patch_bias", keep);
   ends.patch_affine = floats_of(patch_affine, {2, s.channels}, "patch_affine", keep);
   ends.head_weight = data_of(head_weight, s.type, {s.classes, s.channels}, "head_weight", keep);
@@ -248,8 +259,8 @@ Tensor frozen_network(const Tensor& image, const Tensor& packed, int64_t num_cla
   SPIN_CHECK(image.dim() == 4 && image.size(1) == s.in_channels, "image: expected shape (batch, ", s.in_channels,
              ", height, width)");
   SPIN_CHECK(image.size(2) + 2 * s.patch_padding >= s.patch && image.size(3) + 2 * s.patch_padding >= s.patch,
-             "image: expected height and width of at least one patch of ", s.patch, " pixels, got ", image.size(2), " x ",
-             image.size(3));
+             "image: expected height and width of at least one patch of ", s.patch, " pixels, got ", image.size(2),
+             " x ", image.size(3));
   const DType type = dtype_of(image, "image");
   SPIN_CHECK(type == s.type || type == DType::kFloat32, "image: expected float32 or the dtype of the weights");
   Tensor logits = empty_like(image, {image.size(0), s.classes});
@@ -258,7 +269,7 @@ Tensor frozen_network(const Tensor& image, const Tensor& packed, int64_t num_cla
   return logits;
 }
 
-Strings cpu_isa(Strings dtype) {
+std::string cpu_isa(std::string dtype) {
   const DType type = dtype == "bfloat16" ? DType::kBFloat16 : dtype == "float16" ? DType::kFloat16 : DType::kFloat32;
   return select_kernels(type, forced_isa()).name;
 }

@@ -3,21 +3,23 @@
 #include <torch/csrc/stable/library.h>
 
 // The tensors and attributes of a mixer, in the order that all private operators share.
-#define MIXER_WEIGHTS                                                                            \
-  "Tensor dw_weight, Tensor? dw_bias, Tensor dw_affine, Tensor pw_weight, Tensor? pw_bias, "     \
+#define MIXER_WEIGHTS                                                                             \
+  "Tensor dw_weight, Tensor? dw_bias, Tensor dw_affine, Tensor pw_weight, Tensor? pw_bias, "      \
   "Tensor pw_affine, Tensor? pw_coefficients, Tensor? pw_gain, int[] pw_index, int[]? dw_index, " \
   "str activation, bool pw_residual"
-#define PUBLIC_MIXER                                                                          \
-  "Tensor x, Tensor dw_weight, Tensor? dw_bias, Tensor dw_affine, Tensor pw_weight, "         \
-  "Tensor? pw_bias, Tensor pw_affine, int[] pw_index, *, int[]? dw_index=None, "              \
+#define PUBLIC_MIXER                                                                  \
+  "Tensor x, Tensor dw_weight, Tensor? dw_bias, Tensor dw_affine, Tensor pw_weight, " \
+  "Tensor? pw_bias, Tensor pw_affine, int[] pw_index, *, int[]? dw_index=None, "      \
   "Tensor? pw_coefficients=None, Tensor? pw_gain=None, str activation=\"gelu\", bool pw_residual=False"
-#define ENDS                                                                       \
+#define ENDS                                                                         \
   "Tensor patch_weight, Tensor? patch_bias, Tensor patch_affine, int patch_stride, " \
   "int patch_padding, Tensor head_weight, Tensor? head_bias, "
 
 STABLE_TORCH_LIBRARY(spin, m) {
   m.def("shared_mixer_block(" PUBLIC_MIXER ") -> Tensor");
-  m.def("shared_mixer_block_train(" PUBLIC_MIXER ", float eps=1e-5) -> (Tensor, Tensor, Tensor)");
+  m.def("shared_mixer_block_train(" PUBLIC_MIXER
+        ", float eps=1e-5) -> "
+        "(Tensor y, Tensor dw_stats, Tensor pw_stats)");
   m.def("compose_superweights(Tensor bank, Tensor coefficients, int[] pieces, int[] shapes) -> Tensor");
   m.def(
       "repeat_weight(Tensor weight, Tensor? alpha, Tensor? beta, Tensor? gate, int out_channels, "
