@@ -1,0 +1,190 @@
+"""Which backend serves a call: one table, one environment variable (SPIN_BACKEND), one explanation."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Limits of the CPU kernels: accumulators and tables they keep on the stack.
+CPU_MAX_CHANNELS = 8192
+CPU_MAX_KERNEL_SIZE = 31
+
+# Tensor arguments of the private mixer operators, in their order, and which of them autocast casts.
+MIXER_TENSORS = (
+    "x", "dw_weight", "dw_bias", "dw_affine", "pw_weight", "pw_bias", "pw_affine", "pw_coefficients", "pw_gain",
+)  # fmt: skip
+_AUTOCAST = tuple(name in ("x", "dw_weight", "dw_bias", "pw_weight", "pw_bias") for name in MIXER_TENSORS)
+
+_NARROW = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Kernel(NamedTuple):
+    """A kernel other than the reference: when it can serve a call (refusal returns None), and why it then does."""
+
+    backend: str
+    name: str
+    refusal: Callable[[Sequence[Any]], str | None]
+    reason: str
+
+
+class Choice(NamedTuple):
+    backend: str
+    kernel: str
+    reason: str
+
+
+def _cpu_mixer_refusal(args: Sequence[Any]) -> str | None:
+    x, dw_weight, eps = args[0], args[1], args[13]
+    if x.device.type != "cpu":
+        return "x is not on the CPU"
+    if eps is not None:
+        return "batch statistics have no CPU kernel"
+    if x.dtype not in _NARROW:
+        return "x is float64"
+    if x.shape[1] > CPU_MAX_CHANNELS:
+        return f"x has more than {CPU_MAX_CHANNELS} channels"
+    if dw_weight.shape[-1] > CPU_MAX_KERNEL_SIZE:
+        return f"dw_weight is larger than {CPU_MAX_KERNEL_SIZE} x {CPU_MAX_KERNEL_SIZE}"
+    return None
+
+
+# Operator -> its kernels in order of preference; the reference serves what none of them can.
+KERNELS: dict[str, tuple[Kernel, ...]] = {
+    "mixer": (
+        Kernel("cpu", "_mixer_cpu", _cpu_mixer_refusal, "the statistics are frozen and the tensors are on the CPU"),
+    ),
+    "mixer_backward": (),
+    "compose_superweights": (),
+    "compose_superweights_backward": (),
+    "repeat_weight": (),
+    "repeat_weight_backward": (),
+}
+
+
+def choose(op: str, args: Sequence[Any]) -> Choice:
+    """Backend, kernel and reason for a call of a private operator with `args` in the order of its schema.
+
+    Raises:
+        RuntimeError: SPIN_BACKEND names no backend, or one that cannot run this call.
+    """
+    forced = os.environ.get("SPIN_BACKEND")
+    if forced:
+        return _choose_forced(op, args, forced)
+    why = "no other kernel of this operator is built"
+    for kernel in KERNELS[op]:
+        refusal = kernel.refusal(args)
+        if refusal is None:
+            return Choice(kernel.backend, kernel.name, kernel.reason)
+        why = refusal
+    return Choice("reference", "plain PyTorch", why)
+
+
+def _choose_forced(op: str, args: Sequence[Any], forced: str) -> Choice:
+    if forced == "reference":
+        return Choice("reference", "plain PyTorch", "SPIN_BACKEND=reference forces it")
+    if forced not in BACKENDS:
+        raise RuntimeError(f"SPIN_BACKEND: expected one of {', '.join(BACKENDS)}, got {forced!r}")
+    why = f"no {forced} kernel of it is built"
+    for kernel in KERNELS[op]:
+        if kernel.backend == forced:
+            refusal = kernel.refusal(args)
+            if refusal is None:
+                return Choice(forced, kernel.name, f"SPIN_BACKEND={forced} forces it")
+            why = refusal
+    raise RuntimeError(f"SPIN_BACKEND: expected a backend that can run {op}, got {forced!r}, but {why}")
+
+
+class Explanation(NamedTuple):
+    """What `explain` found; its text is one line."""
+
+    op: str
+    backend: str
+    kernel: str
+    reason: str
+    backward: str | None
+
+    def __str__(self) -> str:
+        text = f"{self.op}: {self.backend} ({self.kernel}), because {self.reason}"
+        return text if self.backward is None else f"{text}; backward: {self.backward}"
+
+
+def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
+    """Which backend and kernel a call takes and why, without computing it.
+
+    Args:
+        op: a function of ``spin_kernels.functional``, an operator of ``torch.ops.spin``, or the name of one.
+        *args, **kwargs: the arguments of the call.
+
+    Returns:
+        An Explanation (op, backend, kernel, reason, backward); ``str()`` of it reads as a sentence. `backward` is
+        None where no gradient is recorded.
+
+    Raises:
+        ValueError: `op` is no public operator; and whatever the call itself would raise for its arguments.
+    """
+    name = (op if isinstance(op, str) else getattr(op, "__name__", str(op))).removeprefix("spin::").split(".")[0]
+    if name in ("shared_mixer_block", "shared_mixer_block_train"):
+        family = "mixer"
+        values = _bind(name, args, kwargs)
+        eps = values["eps"] if name.endswith("train") else None
+        tensors = [values[key] for key in MIXER_TENSORS]
+        tensors = autocast_mixer(tensors, tensors[0].device.type)
+        settings = [values[key] for key in ("pw_index", "dw_index", "activation", "pw_residual")]
+        arguments = [*tensors, *settings, eps]
+        checks.mixer(*arguments)
+    elif name in ("compose_superweights", "repeat_weight"):
+        family = name
+        arguments = list(_bind(name, args, kwargs).values())
+        getattr(checks, name)(*arguments)
+    else:
+        raise ValueError(f"op: expected a public operator of spin_kernels, got {name!r}")
+
+    choice = choose(family, arguments)
+    backward = None
+    if needs_gradient(*(a for a in arguments if isinstance(a, Tensor))):
+        backward = choose(f"{family}_backward", arguments).backend
+    kernel = choice.kernel
+    if choice.backend == "cpu":
+        isa = torch.ops.spin._cpu_isa(str(arguments[0].dtype).removeprefix("torch."))
+        kernel = f"{kernel}, {isa}"
+    return Explanation(name, choice.backend, kernel, choice.reason, backward)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast_mixer(tensors: Sequence[Tensor | None], device_type: str) -> list[Tensor | None]:
+    """The mixer's tensors as autocast hands them on: x, weights and biases cast unless x is float64."""
+    x = tensors[0]
+    if x is None or x.dtype not in _NARROW or not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [
+        t.to(dtype) if cast and t is not None and t.dtype in _NARROW else t
+        for t, cast in zip(tensors, _AUTOCAST, strict=True)
+    ]
+
+
+def _bind(op: str, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name, defaults filled in, in the order of the operator's schema."""
+    schema = getattr(torch.ops.spin, op).default._schema
+    names = [a.name for a in schema.arguments]
+    if len(args) > sum(not a.kwarg_only for a in schema.arguments):
+        raise TypeError(f"{op}: expected {names} with fewer positional arguments, got {len(args)}")
+    values = dict(zip(names, args, strict=False)) | kwargs
+    if unknown := set(values) - set(names):
+        raise TypeError(f"{op}: expected no argument {sorted(unknown)[0]!r}, got one")
+    for argument in schema.arguments:
+        if argument.name not in values:
+            if not argument.has_default_value():
+                raise TypeError(f"{op}: expected an argument {argument.name!r}, got none")
+            values[argument.name] = argument.default_value
+    return {name: values[name] for name in names}

@@ -1,0 +1,296 @@
+"""The operators of ``torch.ops.spin``: bodies, backends, fakes, gradients, autocast.
+
+The public mixers are composites over the private ``_mixer``, whose tensors are all positional: ``register_autograd``
+refuses keyword-only tensors, and autocast must cast some tensors and leave the affines alone. Schemas are in C++.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+
+from . import _library, checks, dispatch, reference  # noqa: F401  (_library defines the schemas)
+from .dispatch import MIXER_TENSORS, needs_gradient
+
+_TENSORS = len(MIXER_TENSORS)
+
+
+def _shared_mixer_block(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    dw_affine: Tensor,
+    pw_weight: Tensor,
+    pw_bias: Tensor | None,
+    pw_affine: Tensor,
+    pw_index: Sequence[int],
+    *,
+    dw_index: Sequence[int] | None = None,
+    pw_coefficients: Tensor | None = None,
+    pw_gain: Tensor | None = None,
+    activation: str = "gelu",
+    pw_residual: bool = False,
+) -> Tensor:
+    tensors = (x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain)
+    return _call_mixer(tensors, pw_index, dw_index, activation, pw_residual, None)[0]
+
+
+def _shared_mixer_block_train(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    dw_affine: Tensor,
+    pw_weight: Tensor,
+    pw_bias: Tensor | None,
+    pw_affine: Tensor,
+    pw_index: Sequence[int],
+    *,
+    dw_index: Sequence[int] | None = None,
+    pw_coefficients: Tensor | None = None,
+    pw_gain: Tensor | None = None,
+    activation: str = "gelu",
+    pw_residual: bool = False,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = (x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain)
+    return _call_mixer(tensors, pw_index, dw_index, activation, pw_residual, eps)[:3]
+
+
+def _call_mixer(tensors: tuple[Tensor | None, ...], *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if needs_gradient(*tensors):
+        return _mixer(*tensors, *settings, True)
+    # Nothing to record: pass over autograd's Python kernel, a quarter of a call's overhead.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _mixer(*tensors, *settings, False)
+
+
+def _refuse_forward_mode() -> None:
+    # The dispatcher would drop the tangents of an operator without a formula for them.
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("The operators of spin_kernels have no forward-mode derivatives, but one was asked for.")
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=x.device)
+
+
+# --- the mixer: args are the nine MIXER_TENSORS, pw_index, dw_index, activation, pw_residual, eps(, save)
+
+
+def _run_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args = args[:-1]
+    _refuse_forward_mode()
+    checks.mixer(*args)
+    x = args[0]
+    if dispatch.choose("mixer", args).backend == "cpu":
+        return _mixer_cpu(*args[:-1]), _empty(x), _empty(x), _empty(x)
+    y, dw_stats, pw_stats = _reference_mixer(*args)
+    if dw_stats is None or pw_stats is None:
+        return y, _empty(x), _empty(x), _empty(x)
+    return y, dw_stats, pw_stats, _empty(x)
+
+
+def _fake_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.mixer(*args[:-1])
+    x, pw_index, eps = args[0], args[_TENSORS], args[-2]
+    y = torch.empty_like(x, memory_format=reference.output_format(x))
+    if eps is None:
+        return y, _empty(x), _empty(x), _empty(x)
+    size, dtype = (len(pw_index), 2, x.shape[1]), checks.WIDE[x.dtype]
+    return y, x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype), _empty(x)
+
+
+def _reference_mixer(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    tensors = dict(zip(MIXER_TENSORS, args[:_TENSORS], strict=True))
+    pw_index, dw_index, activation, pw_residual, eps = args[_TENSORS:]
+    return reference.mixer(
+        **tensors, pw_index=pw_index, dw_index=dw_index, activation=activation, pw_residual=pw_residual, eps=eps
+    )
+
+
+def _run_mixer_backward(grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    checks.mixer_backward(grad, *args)
+    dispatch.choose("mixer_backward", args)
+    tensors, settings = args[:_TENSORS], args[_TENSORS:]
+    grads = _gradients(lambda *leaves: _reference_mixer(*leaves, *settings)[0], tensors, grad)
+    x = tensors[0]
+    # D = 0 hands the gradient itself on; a result never aliases an argument.
+    into = grads[0].clone if len(settings[0]) == 0 else grads[0].contiguous
+    return into(memory_format=reference.output_format(x)), *grads[1:]
+
+
+def _fake_mixer_backward(grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    checks.mixer_backward(grad, *args)
+    x, *parameters = args[:_TENSORS]
+    grad_x = torch.empty_like(x, memory_format=reference.output_format(x))
+    return grad_x, *(_fake_gradient(t, x) for t in parameters)
+
+
+def _save_mixer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(output[3], *inputs[:_TENSORS])
+    ctx.settings = inputs[_TENSORS:-1]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_mixer(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    saved, *tensors = ctx.saved_tensors
+    others = (None,) * (len(ctx.settings) + 1)
+    if grad is None:
+        return (None,) * _TENSORS + others
+    grads = _mixer_backward(grad, saved, *tensors, *ctx.settings)
+    return tuple(None if t is None else g for t, g in zip(tensors, grads, strict=True)) + others
+
+
+# --- compose_superweights: bank, coefficients, pieces, shapes
+
+
+def _run_compose(*args: Any) -> Tensor:
+    _refuse_forward_mode()
+    checks.compose_superweights(*args)
+    dispatch.choose("compose_superweights", args)
+    return reference.compose_superweights(*args)
+
+
+def _fake_compose(bank: Tensor, coefficients: Tensor, pieces: Sequence[int], shapes: Sequence[int]) -> Tensor:
+    return bank.new_empty(checks.compose_superweights(bank, coefficients, pieces, shapes))
+
+
+def _run_compose_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    checks.compose_superweights_backward(grad, *args)
+    dispatch.choose("compose_superweights_backward", args)
+    return reference.compose_superweights_backward(grad, *args)
+
+
+def _fake_compose_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    checks.compose_superweights_backward(grad, *args)
+    return _fake_gradient(args[0], grad), _fake_gradient(args[1], grad)
+
+
+def _save_compose(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    bank, coefficients, *ctx.settings = inputs
+    ctx.save_for_backward(bank, coefficients)
+
+
+def _differentiate_compose(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *_compose_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None
+
+
+# --- repeat_weight: weight, alpha, beta, gate, out_channels, in_channels
+
+
+def _run_repeat(*args: Any) -> Tensor:
+    _refuse_forward_mode()
+    checks.repeat_weight(*args)
+    dispatch.choose("repeat_weight", args)
+    return reference.repeat_weight(*args)
+
+
+def _fake_repeat(weight: Tensor, *args: Any) -> Tensor:
+    checks.repeat_weight(weight, *args)
+    return weight.new_empty((*args[-2:], *weight.shape[2:]))
+
+
+def _run_repeat_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    checks.repeat_weight_backward(grad, *args)
+    dispatch.choose("repeat_weight_backward", args)
+    return tuple(_gradients(lambda *leaves: reference.repeat_weight(*leaves, *args[4:]), args[:4], grad))
+
+
+def _fake_repeat_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    checks.repeat_weight_backward(grad, *args)
+    return tuple(_fake_gradient(t, grad) for t in args[:4])
+
+
+def _save_repeat(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:]
+
+
+def _differentiate_repeat(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    tensors = ctx.saved_tensors
+    grads = _repeat_backward(grad, *tensors, *ctx.settings)
+    return *(None if t is None else g for t, g in zip(tensors, grads, strict=True)), None, None
+
+
+# --- gradients through the reference
+
+
+def _gradients(function: Callable[..., Tensor], tensors: Sequence[Tensor | None], grad: Tensor) -> list[Tensor]:
+    """Gradients of function(*tensors), which is computed again; zeros where unused, empty where there is no tensor."""
+    # A kernel runs with autograd's dispatch keys excluded; here they are let in again.
+    include, exclude = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    with torch._C._ForceDispatchKeyGuard(include, exclude - _AUTOGRAD_KEYS), torch.enable_grad():
+        leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+        present = [t for t in leaves if t is not None]
+        grads = iter(torch.autograd.grad(function(*leaves), present, grad, allow_unused=True, materialize_grads=True))
+    return [_empty(grad) if t is None else next(grads).contiguous() for t in tensors]
+
+
+def _fake_gradient(tensor: Tensor | None, grad: Tensor) -> Tensor:
+    return _empty(grad) if tensor is None else tensor.new_empty(tensor.shape)
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> NoReturn:
+    raise RuntimeError("The operators of spin_kernels have first derivatives only, but a second one was asked for.")
+
+
+# --- registration
+
+_AUTOGRAD_KEYS = DispatchKeySet(DispatchKey.AutogradFunctionality) | DispatchKeySet(DispatchKey.AutogradOther)
+_AUTOCAST_KEYS = {"cpu": DispatchKey.AutocastCPU, "cuda": DispatchKey.AutocastCUDA}
+
+
+def _register(
+    name: str,
+    run: Callable,
+    fake: Callable,
+    save: Callable | None,
+    backward: Callable,
+    cast: Callable | None = None,
+) -> Any:
+    """Registers all that an operator needs; autocast applies `cast` to the arguments, else leaves them alone."""
+    # CompositeExplicitAutograd is every device: the reference serves those that have no kernels.
+    _implementations.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"spin::{name}", fake, lib=_implementations)
+    torch.library.register_autograd(f"spin::{name}", backward, setup_context=save, lib=_implementations)
+    op = getattr(torch.ops.spin, name).default
+    for device_type, key in _AUTOCAST_KEYS.items():
+        _implementations.impl(name, _autocast_kernel(op, device_type, key, cast), key.name)
+    return op
+
+
+def _autocast_kernel(op: Any, device_type: str, key: DispatchKey, cast: Callable | None) -> Callable:
+    def kernel(*args: Any) -> Any:
+        if cast is not None:
+            args = cast(args, device_type)
+        # Excluded, so that autocast does not cast what the reference calls either.
+        with torch._C._ExcludeDispatchKeyGuard(DispatchKeySet(key)):
+            return op(*args)
+
+    return kernel
+
+
+def _autocast_mixer(args: tuple[Any, ...], device_type: str) -> tuple[Any, ...]:
+    return *dispatch.autocast_mixer(args[:_TENSORS], device_type), *args[_TENSORS:]
+
+
+_implementations = torch.library.Library("spin", "IMPL")
+_implementations.impl("shared_mixer_block", _shared_mixer_block, "CompositeImplicitAutograd")
+_implementations.impl("shared_mixer_block_train", _shared_mixer_block_train, "CompositeImplicitAutograd")
+_mixer = _register("_mixer", _run_mixer, _fake_mixer, _save_mixer, _differentiate_mixer, _autocast_mixer)
+_mixer_backward = _register(
+    "_mixer_backward", _run_mixer_backward, _fake_mixer_backward, None, _refuse_second_derivative
+)
+_compose = _register("compose_superweights", _run_compose, _fake_compose, _save_compose, _differentiate_compose)
+_compose_backward = _register(
+    "_compose_superweights_backward", _run_compose_backward, _fake_compose_backward, None, _refuse_second_derivative
+)
+_repeat = _register("repeat_weight", _run_repeat, _fake_repeat, _save_repeat, _differentiate_repeat)
+_repeat_backward = _register(
+    "_repeat_weight_backward", _run_repeat_backward, _fake_repeat_backward, None, _refuse_second_derivative
+)
+_mixer_cpu = torch.ops.spin._mixer_cpu.default
