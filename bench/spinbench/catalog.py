@@ -1,0 +1,30 @@
+"""Names of the providers and which of them run where (no torch in here; the builders are in providers.py)."""
+
+from __future__ import annotations
+
+OURS = ("spin frozen", "spin")
+PEERS = {  # the name --peers takes -> its variants
+    "eager": ("eager", "eager channels_last"),
+    "compile": ("compile", "compile channels_last"),
+    "autotune": ("autotune", "autotune channels_last"),
+    "openvino": ("openvino",),
+    "onnxruntime": ("onnxruntime",),
+}
+DEVICE_PEERS = {
+    "cpu": ("eager", "compile", "openvino", "onnxruntime"),
+    "cuda": ("eager", "compile", "autotune"),
+}
+
+
+def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
+    """The providers of a run: ours, then all variants of the peers (None: all; eager for blocks)."""
+    if peers is None:
+        peers = list(DEVICE_PEERS[device]) if suite == "networks" else ["eager"]
+    return [*OURS, *(variant for peer in peers for variant in PEERS[peer])]
+
+
+def unsupported(provider: str, dtype: str) -> str | None:
+    """Why a provider has no row at this dtype, or None."""
+    if provider == "onnxruntime" and dtype == "bfloat16":
+        return "its CPU provider has no bfloat16 convolutions"
+    return None

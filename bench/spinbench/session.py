@@ -1,0 +1,134 @@
+"""A run: starts the workers, makes, prepares and times every case, and collects the rows as they finish."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from spinbench import catalog, timing
+from spinbench.machine import Ceilings
+from spinbench.networks import Case, Network
+from spinbench.worker import Worker, WorkerFailed
+
+SEED = 20
+MAKE_SECONDS = 300
+PEAK_SECONDS = 0.3
+PEAK_TRIES = 5
+
+
+# Relative L2. Ours may be 1.5 times as wrong as eager PyTorch in the same dtype, in float32 always this much.
+FLOAT32_ERROR = 1e-5
+
+
+def wrong(results: dict[str, timing.Result], dtype: str) -> dict[str, str]:
+    """Which of ours are too far from the float64 reference; without eager, only float32 is judged."""
+    eager = [result.errors["error"] for name, result in results.items() if name in catalog.PEERS["eager"]]
+    limit = max(1.5 * max(eager, default=0.0), FLOAT32_ERROR if dtype == "float32" else 0.0)
+    return {
+        name: f"wrong: its error {result.errors['error']:.1e} is above {limit:.1e}"
+        for name, result in results.items()
+        if name in catalog.OURS and limit and result.errors["error"] > limit
+    }
+
+
+class Session:
+    """Rows and failures fill up case by case, so that an interrupted run keeps its finished cases."""
+
+    def __init__(self, providers: list[str], threads: int, device: str):
+        self.rows: list[dict] = []
+        self.failures: list[dict] = []
+        self.ceilings = Ceilings()
+        self.folder = Path(tempfile.mkdtemp(prefix="spin-bench-"))
+        self.made: Network | None = None
+        self.started: list[Worker] = []
+        try:
+            for name in ("maker", *providers):
+                self.started.append(Worker(name, self.folder, threads, device))
+            for worker in self.started:
+                worker.wait_ready()
+                worker.pause()
+        except BaseException:
+            self.close()
+            raise
+        self.maker, *self.workers = self.started
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for worker in self.started:
+            worker.stop()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def run(self, cases: list[Case], method: timing.Method, progress: Callable[[str, float], None]) -> None:
+        """`progress` gets a text and the fraction of the whole run that is done."""
+        batches: dict[Network, int] = {}
+        for case in cases:
+            batches[case.network] = max(case.batch, batches.get(case.network, 0))
+        for index, case in enumerate(cases):
+
+            def tell(text: str, done: float, index: int = index, case: Case = case) -> None:
+                progress(
+                    f"{case.network.name} batch {case.batch} {case.dtype}: {text}",
+                    (index + done) / len(cases),
+                )
+
+            tell("making weights and reference" if case.network != self.made else "preparing", 0.0)
+            self.measure_ceilings()
+            if case.network != self.made:
+                self.ask_maker("make", case.network, batches[case.network], SEED, timeout=MAKE_SECONDS)
+                self.made = case.network
+            self.run_case(case, method, tell)
+
+    def run_case(self, case: Case, method: timing.Method, tell: Callable[[str, float], None]) -> None:
+        tell("preparing", 0.1)
+        absent = {worker.name: catalog.unsupported(worker.name, case.dtype) for worker in self.workers}
+        workers = [worker for worker in self.workers if absent[worker.name] is None]
+        results, failures = timing.prepare(workers, case)
+        with timing.Others(self.workers) as others:
+            failures |= timing.run(workers, results, method, lambda done: tell("timing", 0.6 + 0.4 * min(1.0, done)))
+        failures |= wrong(results, case.dtype)
+        key = {"net": case.network.name, "batch": case.batch, "dtype": case.dtype}
+        failures |= {name: reason for name, reason in absent.items() if reason}
+        self.failures += [{**key, "provider": name, "reason": reason} for name, reason in failures.items()]
+        self.rows += [
+            {
+                **key,
+                "provider": worker.name,
+                "depth": case.network.depth,
+                "ms": results[worker.name].ms,
+                "spread": results[worker.name].spread,
+                "bursts": results[worker.name].bursts,
+                **results[worker.name].errors,
+                "flops": case.network.flops(case.batch),
+                "bytes": case.network.bytes(case.batch, case.dtype),
+                "other_processes": others.share,
+            }
+            for worker in workers
+            if worker.name in results
+        ]
+
+    def measure_ceilings(self) -> None:
+        """Tries a few times for a quiet moment, keeps the highest of the run: a low ceiling would flatter a row."""
+        for _ in range(PEAK_TRIES):
+            with timing.Others(self.started) as others:
+                try:
+                    measured = self.ask_maker("peaks", PEAK_SECONDS, timeout=60)
+                except WorkerFailed as failure:
+                    self.ceilings.failure = str(failure)
+                    return
+            self.ceilings.add(measured, others.share)
+            if others.share <= timing.DISTURBED:
+                return
+
+    def ask_maker(self, command: str, *arguments, timeout: float):
+        self.maker.resume()
+        try:
+            return self.maker.call(command, *arguments, timeout=timeout)
+        finally:
+            self.maker.pause()

@@ -1,0 +1,228 @@
+"""One process per provider, because thread pools spin: all but the one timed are stopped by a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import psutil
+
+from spinbench.networks import Case, Network
+
+START_SECONDS = 60
+
+
+class WorkerFailed(Exception):
+    """What a worker was asked for did not happen; the message is the reason."""
+
+
+class Worker:
+    """The parent's handle on one process: `start`, then `wait_ready`; `call` is send and receive."""
+
+    def __init__(self, name: str, folder: Path, threads: int, device: str):
+        self.name, self.folder, self.threads, self.device = name, folder, threads, device
+        self.idle = False  # alive, and no command under way
+        self.start()
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, child = context.Pipe()
+        arguments = (child, self.name, str(self.folder), self.threads, self.device)
+        self.process = context.Process(target=serve, args=arguments, daemon=True)
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: Ctrl-C is the parent's to handle
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        child.close()
+
+    def wait_ready(self) -> None:
+        self.receive(START_SECONDS)
+
+    def send(self, command: str, *arguments) -> None:
+        self.idle = False
+        try:
+            self.connection.send((command, arguments))
+        except OSError:
+            raise WorkerFailed(self.obituary()) from None
+
+    def receive(self, timeout: float):
+        """The answer; WorkerFailed with the reason if it failed, is late or the process died."""
+        try:
+            if not self.connection.poll(timeout):
+                raise WorkerFailed(f"no answer within {timeout:.0f} s")
+            ok, answer = self.connection.recv()
+        except (EOFError, ConnectionError):
+            raise WorkerFailed(self.obituary()) from None
+        self.idle = True
+        if not ok:
+            raise WorkerFailed(answer)
+        return answer
+
+    def call(self, command: str, *arguments, timeout: float):
+        self.send(command, *arguments)
+        return self.receive(timeout)
+
+    def obituary(self) -> str:
+        self.process.join(5)
+        return f"its process ended with exit code {self.process.exitcode}"
+
+    def pause(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        self._signal(signal.SIGKILL)
+        self.process.join(5)
+        self.connection.close()
+
+    def restart(self) -> None:
+        self.stop()
+        self.start()
+        self.wait_ready()
+
+    def cpu_seconds(self) -> float:
+        try:
+            times = psutil.Process(self.process.pid).cpu_times()
+        except psutil.NoSuchProcess:
+            return 0.0
+        return times.user + times.system
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+def serve(connection: Connection, name: str, folder: str, threads: int, device: str) -> None:
+    """The loop: (command, arguments) in, (True, answer) or (False, reason) out, until the pipe closes."""
+    os.setpgrp()  # so that a signal reaches what this process starts, and the terminal's Ctrl-C does not
+    log = os.open(Path(folder) / f"{name.replace(' ', '_')}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(
+        OMP_NUM_THREADS=str(threads),
+        TORCHINDUCTOR_CACHE_DIR=str(Path(folder) / "inductor"),
+        TORCHINDUCTOR_COMPILE_THREADS="1",
+    )
+    state = WorkerState(name, Path(folder), threads, device)
+    connection.send((True, "started"))
+    while True:
+        try:
+            command, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            answer = (True, getattr(state, command)(*arguments))
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            lines = str(error).strip().splitlines() or [""]
+            answer = (False, f"{type(error).__name__}: {lines[0][:300]}")
+        connection.send(answer)
+
+
+class WorkerState:
+    """The commands. torch is imported by the first that needs it, after the environment is set."""
+
+    def __init__(self, name: str, folder: Path, threads: int, device: str):
+        self.name, self.folder, self.threads, self.device = name, folder, threads, device
+
+    def has_cuda(self) -> bool:
+        import torch
+
+        return torch.cuda.is_available()
+
+    def peaks(self, seconds: float) -> dict[str, float]:
+        """This machine's ceilings: {float32,bfloat16}_gflops and copy_gbps."""
+        if self.device == "cuda":
+            return cuda_peaks(seconds)
+        from spin_kernels import spin_runtime
+
+        return spin_runtime.measure_peaks(self.threads, seconds)
+
+    def make(self, network: Network, batch: int, seed: int) -> None:
+        """Write weights, inputs and the float64 outputs of one network, for all workers to load."""
+        import torch
+
+        from spinbench import plain
+
+        torch.set_num_threads(self.threads)
+        x = plain.make_input(network, batch, seed)
+        model = plain.make_plain(network, x, seed)
+        state = model.state_dict()  # keeps the float32 tensors: double() below puts new ones in the model
+        with torch.no_grad():
+            reference = model.double()(x.double())
+        torch.save({"state": state, "x": x, "reference": reference}, self.folder / f"{network.name}.pt")
+
+    def prepare(self, case: Case) -> dict[str, float]:
+        """Build this worker's provider and compare its output; answers relative L2 and max error."""
+        import torch
+
+        from spinbench import plain, providers
+
+        self.run = None
+        torch.set_num_threads(self.threads)
+        torch.set_grad_enabled(False)
+        torch.compiler.reset()
+        data = torch.load(self.folder / f"{case.network.name}.pt")
+        x, reference = data["x"][: case.batch].to(self.device), data["reference"][: case.batch]
+        model = plain.load_plain(case.network, data["state"])
+        folder = self.folder / self.name.replace(" ", "_")
+        folder.mkdir(exist_ok=True)
+        run = providers.BUILDERS[self.name](providers.Job(case, model, x, self.threads, folder))
+        self.sync = torch.cuda.synchronize if self.device == "cuda" else lambda: None
+        for _ in range(2):  # the first call may compile
+            output = torch.as_tensor(run()).clone()
+        if output.dtype != torch.float32 or output.shape != reference.shape:
+            raise RuntimeError(f"its output is {output.dtype} {tuple(output.shape)}")
+        difference = output.double().cpu() - reference
+        if not difference.isfinite().all():
+            raise RuntimeError("its output is not finite")
+        self.run = run
+        return {
+            "error": float(difference.norm() / reference.norm()),
+            "max_error": float(difference.abs().max()),
+        }
+
+    def burst(self, most_calls: int, least_calls: int, seconds: float) -> list[float]:
+        """Seconds of each call: at most `most_calls`, about `seconds` in all, at least `least_calls`."""
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while len(times) < least_calls or (len(times) < most_calls and time.perf_counter() < end):
+            start = time.perf_counter()
+            self.run()
+            self.sync()
+            times.append(time.perf_counter() - start)
+        return times
+
+
+def cuda_peaks(seconds: float) -> dict[str, float]:
+    """Large square matrix products and a device-to-device copy."""
+    import torch
+
+    def best(run) -> float:
+        least, end = float("inf"), time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            torch.cuda.synchronize()
+            least = min(least, time.perf_counter() - start)
+        return least
+
+    size, peaks = 8192, {}
+    for dtype in ("float32", "bfloat16"):
+        a = torch.randn(size, size, device="cuda", dtype=getattr(torch, dtype))
+        peaks[f"{dtype}_gflops"] = 2 * size**3 / best(lambda a=a: a @ a) / 1e9
+    source = torch.randn(2**28, device="cuda")
+    target = torch.empty_like(source)
+    peaks["copy_gbps"] = 2 * source.nbytes / best(lambda: target.copy_(source)) / 1e9
+    return peaks
