@@ -1,0 +1,28 @@
+"""Every test draws fresh random numbers; the seed is printed, and SPIN_TEST_SEED=<seed> repeats a run."""
+
+import os
+import zlib
+
+import pytest
+import torch
+
+_SEED = int(os.environ.get("SPIN_TEST_SEED") or torch.seed() % 2**31)
+
+
+def pytest_report_header() -> str:
+    return f"SPIN_TEST_SEED={_SEED}"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _seed(request: pytest.FixtureRequest) -> None:
+    # One seed per test, so that a test draws the same numbers alone as in the whole suite.
+    seed = (_SEED + zlib.crc32(request.node.nodeid.encode())) % 2**31
+    print(f"SPIN_TEST_SEED={_SEED}: this test's seed is {seed}")
+    torch.manual_seed(seed)

@@ -1,0 +1,231 @@
+"""The benchmark harness: floors against hand counts, a tiny run end to end, missing peers, interruption."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+BENCH = Path(__file__).resolve().parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+
+from spinbench import networks, report, session, timing  # noqa: E402
+from spinbench.machine import Ceilings  # noqa: E402
+from spinbench.worker import Worker, WorkerFailed  # noqa: E402
+
+TINY = networks.Network("tiny", 4, 2, 3, 8, 4, classes=5, activation="relu", rate=2)
+TINY_BLOCKS = networks.Network("tiny_blocks", 16, 3, 3, 6, activation="gelu", pw_residual=True, rate=2)
+PEAKS = {"float32_gflops": 100.0, "bfloat16_gflops": 50.0, "copy_gbps": 10.0}
+FAST = timing.Method(most_calls=4, burst_seconds=0.05, most_rounds=5)
+
+
+def measured(provider: str, ms: float, **changes) -> dict:
+    row = {
+        "net": "tiny",
+        "batch": 1,
+        "dtype": "float32",
+        "provider": provider,
+        "depth": 2,
+        "ms": ms,
+        "spread": 0.1,
+    }
+    row |= {
+        "bursts": [ms] * 5,
+        "error": 1e-6,
+        "max_error": 1e-6,
+        "flops": 1e8,
+        "bytes": 1e6,
+        "other_processes": 0.0,
+    }
+    return row | changes
+
+
+def test_flops_match_a_hand_count():
+    stem, depthwise, pointwise, head = 2 * 48 * 4 * 4, 2 * (2 * 9 * 4 * 4), 2 * (2 * 16 * 4), 2 * 4 * 5
+    activation = (2 * 2 + 1) * 4 * 4
+    assert TINY.flops(1) == stem + depthwise + pointwise + head + activation == 2488
+    assert TINY.flops(3) == 3 * TINY.flops(1)
+    assert TINY_BLOCKS.flops(1) == 3 * 2 * (9 + 16) * 16 * 36 + 2 * 3 * 16 * 36 * 16
+
+
+def test_bytes_match_a_hand_count():
+    # Two depthwise filters, ONE shared matrix, stem, head (each with its bias); five affines in float32.
+    weights, affines = 2 * (9 + 1) * 4 + (4 + 1) * 4 + (48 + 1) * 4 + (4 + 1) * 5, 5 * 2 * 4
+    assert TINY.bytes(1, "float32") == 4 * weights + 4 * affines + 4 * (3 * 64 + 5)
+    assert TINY.bytes(2, "bfloat16") == 2 * weights + 4 * affines + 2 * 4 * (3 * 64 + 5)
+
+
+def test_floor_is_the_larger_of_compute_and_memory():
+    assert networks.floor_ms(10**9, 0, "float32", PEAKS) == pytest.approx(10)
+    assert networks.floor_ms(0, 10**9, "float32", PEAKS) == pytest.approx(100)
+    # bfloat16 kernels may compute in float32: where that is the faster unit, it sets the floor.
+    assert networks.floor_ms(10**9, 0, "bfloat16", PEAKS) == pytest.approx(10)
+    assert networks.floor_ms(10**9, 0, "bfloat16", PEAKS | {"bfloat16_gflops": 200.0}) == pytest.approx(5)
+
+
+def test_floor_of_the_published_network():
+    floor = networks.NETWORKS[0].flops(1) / 538e6
+    assert floor == pytest.approx(18.6, rel=0.01)
+
+
+def test_ratio_and_fraction():
+    rows = [
+        measured("spin frozen", 2.0),
+        measured("spin", 4.0),
+        measured("eager", 8.0),
+        measured("compile", 6.0),
+    ]
+    rows = report.finish(rows, PEAKS)
+    assert [row["ratio"] for row in rows] == [3.0, 1.5, 4.0, 3.0]
+    assert [row["fraction"] for row in rows] == pytest.approx([0.5, 0.25, 0.125, 1 / 6])
+    assert report.geometric_means(rows) == [("float32", pytest.approx(3.0), 1)]
+
+
+def test_rows_without_peers_or_ceilings():
+    (row,) = report.finish([measured("spin", 4.0)], {})
+    assert row["ratio"] is None
+    assert row["fraction"] is None
+    assert row["floor_ms"] is None
+
+
+def test_ceilings_keep_the_highest_and_say_when_disturbed():
+    ceilings = Ceilings()
+    ceilings.add({**PEAKS, "copy_gbps": 4.0}, 0.5)
+    assert "too low: other processes took 50%" in report.describe(ceilings)
+    ceilings.add({**PEAKS, "float32_gflops": 90.0}, 0.01)
+    assert ceilings.peaks == PEAKS
+    assert report.describe(ceilings) == "ceilings: float32 100 GFLOP/s, bfloat16 50 GFLOP/s, copy 10 GB/s"
+    assert "not measured (no module)" in report.describe(Ceilings(failure="no module"))
+
+
+def test_wrong_results_of_ours_are_named():
+    results = {
+        name: timing.Result({"error": error})
+        for name, error in (("eager", 1e-2), ("spin", 1.4e-2), ("spin frozen", 2e-2))
+    }
+    assert list(session.wrong(results, "bfloat16")) == ["spin frozen"]
+    assert list(session.wrong({"spin": timing.Result({"error": 2e-5})}, "float32")) == ["spin"]
+
+
+def test_tiny_run(tmp_path, monkeypatch):
+    """Every provider in a process of its own; a peer that cannot be imported is named with its reason."""
+    (tmp_path / "openvino.py").write_text("raise ImportError('not on this machine')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    case = networks.Case(TINY_BLOCKS, 1, "float32")
+    told = []
+    with session.Session(["spin frozen", "eager", "openvino"], 1, "cpu") as run:
+        run.run([case], FAST, lambda text, done: told.append((text, done)))
+    assert not run.folder.exists()
+    assert all(worker.process.exitcode is not None for worker in run.started)
+    assert told[-1][0].startswith("tiny_blocks batch 1 float32: timing")
+    assert told[-1][1] == 1.0
+
+    rows = report.finish(run.rows, run.ceilings.peaks)
+    assert [row["provider"] for row in rows] == ["spin frozen", "eager"]
+    (failure,) = run.failures
+    assert (failure["provider"], failure["reason"]) == ("openvino", "ImportError: not on this machine")
+    path, chart = tmp_path / "deep" / "rows.json", tmp_path / "deep" / "rows.png"
+    report.write_json(path, {"peaks": run.ceilings.peaks}, rows, run.failures)
+    report.plot(chart, rows, "tiny")
+    written = json.loads(path.read_text())
+    assert set(written) == {"machine", "rows", "failures"}
+    assert chart.stat().st_size > 0
+    for row in written["rows"]:
+        assert row["ms"] > 0
+        assert row["ratio"] > 0
+        assert row["fraction"] > 0
+        assert 0 < row["error"] < 1e-5
+        assert {"net", "batch", "dtype", "provider", "max_error", "spread", "bursts", "floor_ms"} < set(row)
+        assert len(row["bursts"]) == FAST.least_rounds
+
+
+def test_a_dead_worker_is_a_reason(tmp_path):
+    worker = Worker("eager", tmp_path, 1, "cpu")
+    try:
+        worker.wait_ready()
+        worker.process.kill()
+        with pytest.raises(WorkerFailed, match="its process ended with exit code -9"):
+            worker.call("burst", 1, 1, 0.1, timeout=10)
+        worker.restart()
+        with pytest.raises(WorkerFailed, match="AttributeError"):
+            worker.call("nonsense", timeout=10)
+    finally:
+        worker.stop()
+
+
+class InterruptedSession:
+    """Finishes one case, then gets Ctrl-C."""
+
+    def __init__(self, *_):
+        self.rows, self.failures, self.ceilings = [], [], Ceilings()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def measure_ceilings(self):
+        self.ceilings.add(PEAKS, 0.0)
+
+    def ask_maker(self, command, timeout):
+        return False  # has_cuda
+
+    def run(self, cases, method, progress):
+        self.rows.append(measured("spin", 4.0))
+        progress("second case", 0.5)
+        raise KeyboardInterrupt
+
+
+@pytest.fixture
+def command(monkeypatch):
+    import typer
+
+    run = importlib.import_module("run")
+    monkeypatch.setattr(run, "Session", InterruptedSession)
+    app = typer.Typer()
+    app.command()(run.main)
+    return lambda *arguments: CliRunner().invoke(app, arguments)
+
+
+def test_interruption_keeps_the_finished_rows(command, tmp_path):
+    path = tmp_path / "rows.json"
+    result = command("--json", str(path), "--plot", str(tmp_path / "rows.png"))
+    assert result.exit_code == 130, result.output
+    assert "finished cases only" in result.output
+    assert [row["provider"] for row in json.loads(path.read_text())["rows"]] == ["spin"]
+
+
+def test_cuda_without_a_device(command):
+    result = command("--device", "cuda")
+    assert result.exit_code == 2
+    assert "no CUDA device" in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--suite", "none"), ("--batch", "0"), ("--dtype", "int8"), ("--only", "resnet"), ("--peers", "tvm")],
+)
+def test_bad_options(command, arguments):
+    result = command(*arguments)
+    assert result.exit_code == 2
+    assert arguments[0] in result.output
+
+
+def test_our_model_has_the_weights_of_the_plain_one():
+    import torch
+    from spinbench import ours, plain
+
+    network = networks.NETWORKS[-1]
+    image = plain.make_input(network, 2, seed=1)
+    assert image.shape == (2, 3, 32, 32)
+    assert image.is_contiguous()
+    assert image.std() > 0.3
+    model = plain.make_plain(network, image, seed=1)
+    negative = [norm.weight.lt(0).float().mean() for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
+    assert 0 < sum(negative) / len(negative) < 0.5
+    with torch.no_grad():
+        expected, got = model(image), ours.make_ours(network, model)(image)
+    assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)

@@ -1,0 +1,147 @@
+"""Which backend takes a call, what SPIN_BACKEND forces, what explain says."""
+
+from typing import Any
+
+import pytest
+import torch
+from arguments import compose_arguments, mixer_arguments, repeat_arguments
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from spin_kernels import dispatch, functional
+
+spin = torch.ops.spin
+
+
+@pytest.fixture(autouse=True)
+def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SPIN_BACKEND", raising=False)
+
+
+def backend(op: str = "shared_mixer_block", eps: float | None = None, **changes: Any) -> str:
+    arguments = mixer_arguments(**changes)
+    return dispatch.explain(op, **arguments).backend
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_cpu_inference_is_never_the_reference(dtype: torch.dtype) -> None:
+    for changes in (
+        {},
+        {"channels_last": True},
+        {"templates": 2, "gain": True},
+        {"kernel": 31},
+        {"channels": 1},
+        {"depth": 0},
+        {"batch": 0},
+    ):
+        assert backend(dtype=dtype, **changes) == "cpu"
+    assert backend(channels=2048, depth=1, matrices=1, batch=1, height=1, width=1, dtype=dtype) == "cpu"
+
+
+def test_what_the_cpu_kernels_leave_to_the_reference() -> None:
+    assert backend(dtype=torch.float64) == "reference"
+    assert backend(kernel=33) == "reference"
+    assert backend("shared_mixer_block_train") == "reference"
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_kernel_that_is_named_runs(requires_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = mixer_arguments(requires_grad=requires_grad)
+    calls = []
+    monkeypatch.setattr(
+        "spin_kernels.ops._mixer_cpu", lambda *args: calls.append(args) or spin._mixer_cpu.default(*args)
+    )
+    y = spin.shared_mixer_block(**arguments)
+    assert len(calls) == 1
+    assert y.requires_grad == requires_grad
+    monkeypatch.setenv("SPIN_BACKEND", "reference")
+    torch.testing.assert_close(spin.shared_mixer_block(**arguments), y, rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1
+
+
+def test_a_call_reaches_modes_as_the_private_operator() -> None:
+    arguments = mixer_arguments()
+    with Recorder() as recorder:
+        spin.shared_mixer_block(**arguments)
+    assert recorder.names == ["spin::_mixer"]
+
+
+def test_forced_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, training = mixer_arguments(), mixer_arguments(requires_grad=True)
+    monkeypatch.setenv("SPIN_BACKEND", "cpu")
+    spin.shared_mixer_block(**arguments)
+    with pytest.raises(RuntimeError, match=r"^SPIN_BACKEND: .*mixer, got 'cpu', but x is float64"):
+        spin.shared_mixer_block(**mixer_arguments(dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"^SPIN_BACKEND: .*'cpu', but batch statistics have no CPU kernel"):
+        spin.shared_mixer_block_train(**arguments)
+    y = spin.shared_mixer_block(**training)
+    with pytest.raises(RuntimeError, match=r"^SPIN_BACKEND: .*mixer_backward, got 'cpu', but no cpu kernel"):
+        y.sum().backward()
+    for name in ("triton", "cuda"):
+        monkeypatch.setenv("SPIN_BACKEND", name)
+        for op, given in (
+            (spin.shared_mixer_block, arguments),
+            (spin.shared_mixer_block_train, arguments),
+            (spin.compose_superweights, compose_arguments()),
+            (spin.repeat_weight, repeat_arguments()),
+        ):
+            with pytest.raises(
+                RuntimeError, match=rf"^SPIN_BACKEND: .*got '{name}', but no {name} kernel of it is built"
+            ):
+                op(**given)
+    monkeypatch.setenv("SPIN_BACKEND", "gpu")
+    with pytest.raises(RuntimeError, match=r"^SPIN_BACKEND: expected one of reference, cpu, triton, cuda, got 'gpu'"):
+        spin.shared_mixer_block(**arguments)
+    monkeypatch.setenv("SPIN_BACKEND", "")
+    spin.shared_mixer_block(**arguments)
+
+
+def test_explain() -> None:
+    arguments = mixer_arguments()
+    isa = spin._cpu_isa("float32")
+    names = ("shared_mixer_block", "spin::shared_mixer_block", spin.shared_mixer_block)
+    for op in (*names, spin.shared_mixer_block.default, functional.shared_mixer_block):
+        explanation = dispatch.explain(op, **arguments)
+        assert explanation.op == "shared_mixer_block"
+        assert explanation.backend == "cpu"
+        assert explanation.kernel == f"_mixer_cpu, {isa}"
+        assert explanation.backward is None
+        assert str(explanation).startswith(f"shared_mixer_block: cpu (_mixer_cpu, {isa}), because ")
+    positional = [arguments[name] for name in list(arguments)[:8]]
+    assert dispatch.explain("shared_mixer_block", *positional).backend == "cpu"
+    assert "float64" in dispatch.explain("shared_mixer_block", **mixer_arguments(dtype=torch.float64)).reason
+
+    training = mixer_arguments(requires_grad=True)
+    explanation = dispatch.explain("shared_mixer_block", **training)
+    assert explanation.backward == "reference"
+    assert str(explanation).endswith("backward: reference")
+    with torch.no_grad():
+        assert dispatch.explain("shared_mixer_block", **training).backward is None
+    assert dispatch.explain("compose_superweights", **compose_arguments()).backend == "reference"
+    assert dispatch.explain(functional.repeat_weight, **repeat_arguments(requires_grad=True)).backward == "reference"
+
+
+def test_explain_under_autocast() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kernel = dispatch.explain("shared_mixer_block", **mixer_arguments()).kernel
+    assert kernel == f"_mixer_cpu, {spin._cpu_isa('bfloat16')}"
+
+
+def test_explain_refuses_what_the_call_would() -> None:
+    with pytest.raises(ValueError, match=r"^op: expected a public operator"):
+        dispatch.explain("_mixer", torch.randn(2))
+    with pytest.raises(ValueError, match=r"^pw_index: expected"):
+        dispatch.explain("shared_mixer_block", **dict(mixer_arguments(), pw_index=[0, 0, 9]))
+    with pytest.raises(TypeError, match=r"expected an argument 'dw_weight'"):
+        dispatch.explain("shared_mixer_block", torch.randn(1, 2, 3, 4))
+    with pytest.raises(TypeError, match=r"no argument 'gain'"):
+        dispatch.explain("shared_mixer_block", **mixer_arguments(), gain=None)
