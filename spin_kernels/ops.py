@@ -18,7 +18,17 @@ from .dispatch import MIXER_TENSORS, needs_gradient
 _TENSORS = len(MIXER_TENSORS)
 
 
-def _shared_mixer_block(
+def _shared_mixer_block(*args: Any, **options: Any) -> Tensor:
+    return _call_mixer(None, *args, **options)[0]
+
+
+def _shared_mixer_block_train(*args: Any, eps: float = 1e-5, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _call_mixer(eps, *args, **options)[:3]
+
+
+# The schema's arguments by name, as in functional.py (for help) and reference.py (the specification).
+def _call_mixer(
+    eps: float | None,
     x: Tensor,
     dw_weight: Tensor,
     dw_bias: Tensor | None,
@@ -33,33 +43,9 @@ def _shared_mixer_block(
     pw_gain: Tensor | None = None,
     activation: str = "gelu",
     pw_residual: bool = False,
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = (x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain)
-    return _call_mixer(tensors, pw_index, dw_index, activation, pw_residual, None)[0]
-
-
-def _shared_mixer_block_train(
-    x: Tensor,
-    dw_weight: Tensor,
-    dw_bias: Tensor | None,
-    dw_affine: Tensor,
-    pw_weight: Tensor,
-    pw_bias: Tensor | None,
-    pw_affine: Tensor,
-    pw_index: Sequence[int],
-    *,
-    dw_index: Sequence[int] | None = None,
-    pw_coefficients: Tensor | None = None,
-    pw_gain: Tensor | None = None,
-    activation: str = "gelu",
-    pw_residual: bool = False,
-    eps: float = 1e-5,
-) -> tuple[Tensor, Tensor, Tensor]:
-    tensors = (x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain)
-    return _call_mixer(tensors, pw_index, dw_index, activation, pw_residual, eps)[:3]
-
-
-def _call_mixer(tensors: tuple[Tensor | None, ...], *settings: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    settings = (pw_index, dw_index, activation, pw_residual, eps)
     if needs_gradient(*tensors):
         return _mixer(*tensors, *settings, True)
     # Nothing to record: pass over autograd's Python kernel, a quarter of a call's overhead.
