@@ -91,6 +91,8 @@ struct Kernels {
   void (*depthwise)(const DepthwiseArgs&);
   int64_t (*depthwise_scratch)(int64_t height, int64_t width, int64_t kernel_size);
   void (*pack_panel)(const PackArgs&);
+  // (channels, area) filters -> DepthwiseArgs::taps, for all lines
+  void (*pack_taps)(const char* source, DType type, int64_t channels, int64_t area, float* taps);
   void (*load)(const External& from, int64_t line, char* blocked_line);
   void (*store)(const char* blocked_line, int64_t line, const External& to);
   void (*load_patches)(const PatchArgs&);

@@ -55,6 +55,7 @@ constexpr Kernels make_kernels(const char* name) {
       .depthwise = Depthwise<V>::run,
       .depthwise_scratch = Depthwise<V>::scratch,
       .pack_panel = Layout<V>::pack_panel,
+      .pack_taps = Layout<V>::pack_taps,
       .load = Layout<V>::load,
       .store = Layout<V>::store,
       .load_patches = Layout<V>::load_patches,

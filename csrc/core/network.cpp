@@ -43,7 +43,11 @@ namespace {
 
 // `count` scalars as floats, zero-padded; without data all are `otherwise`.
 void copy_vector(const char* from, DType type, int64_t count, float otherwise, int64_t padded, float* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from ? load_scalar(from, type, i) : otherwise;
+  if (from && type == DType::kFloat32) {
+    std::memcpy(to, from, count * 4);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = from ? load_scalar(from, type, i) : otherwise;
+  }
   std::fill(to + count, to + padded, 0.f);
 }
 void copy_vector(const float* from, int64_t count, float otherwise, int64_t padded, float* to) {
@@ -57,15 +61,11 @@ const float* offset(const float* data, int64_t elements) { return data ? data + 
 }  // namespace
 
 void Network::pack_parameters(const MixerWeights& w, int64_t item) const {
-  const int64_t channels = shape_.channels, lanes = kernels_->lanes, stride = padded(channels);
+  const int64_t channels = shape_.channels, stride = padded(channels);
   if (item < shape_.filters) {
     const int64_t area = shape_.kernel_size * shape_.kernel_size;
-    float* taps = floats(taps_) + item * stride * area;
-    const char* from = offset(w.dw_weight, w.type, item * channels * area);
-    for (int64_t c = 0; c < stride; ++c) {
-      float* to = taps + c / lanes * area * lanes + c % lanes;
-      for (int64_t i = 0; i < area; ++i) to[i * lanes] = c < channels ? load_scalar(from, w.type, c * area + i) : 0.f;
-    }
+    kernels_->pack_taps(offset(w.dw_weight, w.type, item * channels * area), w.type, channels, area,
+                        floats(taps_) + item * stride * area);
     copy_vector(offset(w.dw_bias, w.type, item * channels), w.type, channels, 0.f, stride,
                 floats(dw_bias_) + item * stride);
     return;

@@ -1,17 +1,24 @@
-// The schedule. Every block is two kernels, image by image over one blocked layout:
+// The schedule. A block is two kernels over one blocked layout, on a band of rows of one image:
 //
-//     depthwise: x -> y   (items: lines of channels)        pointwise: y -> x   (items: panels of channels)
+//     depthwise: rows of x (and the halo rows around them) -> band of y       pointwise: band of y -> rows of x
 //
-//  - Small images of a batch: a thread takes an image through all blocks; x and y stay in its caches.
-//  - Images left over (fewer than threads): all threads work on one image, a phase per kernel. A thread's
-//    own panels write the very lines that its next depthwise reads.
-//  - Images whose y does not fit the caches are cut into bands of rows: the depthwise makes a band of y
-//    (reading the halo rows of x where they are), the pointwise turns it into that band of the next x; x
-//    alternates between two buffers, because the next band still reads the old one.
+// The band of y is the thread's own and stays in its L2. A small image is one band, and x is overwritten in
+// place; with several bands x alternates between two buffers, because the neighbours still read the old one.
 //
-// Alternatives that were considered: one launch per kernel over the whole batch (activations then pass
-// through memory twice per block: 1 to 2 % slower from 256 tokens on, more for small channels), and fusing
-// the pointwise with the next depthwise (nothing to gain while both passes hit the caches).
+//  - A batch: every thread takes an image at a time through all blocks; nothing waits for anything.
+//  - Images left over (fewer than threads): the threads share one image, a band each, a phase per block.
+//  - Large images: as many bands as it takes for y to fit.
+//
+// Plain weights are packed segment by segment (plan_packing), so that the packed matrices stay few and warm.
+//
+// Two alternatives for sharing one image:
+//  - Panels: a thread computes some output channels of all tokens. Then every core reads the half of y that
+//    the other one has just written, through the other's cache, twice per block a barrier; bands exchange
+//    halo rows only, but every core streams the whole matrix. Two cores of an Emerald Rapids, batch 1, best
+//    of three runs in turns: 256/8 k5 0.92 (panels) against 0.81 ms (bands), 1024/20 k9 32.2 against 30.0,
+//    768/32 k3 level. Panels would win where cores outnumber the rows.
+//  - One kernel over the whole batch before the next: activations then leave the caches between kernels.
+// Fusing the pointwise with the next depthwise gains nothing while both passes hit the caches.
 #include "run.h"
 
 #include <algorithm>
@@ -37,11 +44,6 @@ struct Image {
   int64_t index;
   char* x[2];
 };
-// What a thread owns: a band of y, scratch.
-struct Scratch {
-  char* y;
-  float* depthwise;
-};
 
 class Runner {
  public:
@@ -60,7 +62,7 @@ class Runner {
     input_lines_ = shape_.whole() ? std::max(lines_, net_.lines(net_.patch_inputs())) : lines_;
     plane_bytes_ = height_ * width_ * k_.line_bytes;
     const double flops = 2.0 * batch.size * shape_.depth * height_ * width_ * shape_.channels * shape_.channels;
-    threads_ = std::clamp<int64_t>(int64_t(flops / kFlopsPerThread), 1, parallel.threads);
+    threads_ = int(std::clamp(flops / kFlopsPerThread, 1.0, double(parallel.threads)));
     single_images_ = batch.size / threads_ * threads_;
     const int64_t sharers = single_images_ < batch.size ? threads_ : 1;  // of one image
     bands_ = std::clamp<int64_t>(std::max(sharers, ceil_div(lines_ * plane_bytes_, kBandBytes)), 1, height_);
