@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from itertools import groupby, zip_longest
 from pathlib import Path
 
@@ -134,6 +135,12 @@ def write_json(path: Path, machine: dict, rows: list[dict], failures: list[dict]
     path.write_text(json.dumps({"machine": machine, "rows": rows, "failures": failures}, indent=1) + "\n")
 
 
+def label_of(row: dict) -> str:
+    """Of a group of bars: the name in short lines, broken at underscores, and the batch."""
+    words = row["net"].replace("_", "_ ")
+    return "\n".join([*(line.replace("_ ", "_") for line in textwrap.wrap(words, 20)), f"batch {row['batch']}"])
+
+
 def plot(path: Path, rows: list[dict], title: str) -> None:
     """One panel per dtype, one group of bars per case: fraction of the floor, or ms without ceilings."""
     import matplotlib
@@ -146,14 +153,14 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
         list(dict.fromkeys(row["dtype"] for row in rows)),
         list(dict.fromkeys(row["provider"] for row in rows)),
     )
-    names = list(dict.fromkeys(row["net"] + f"\nbatch {row['batch']}" for row in rows))
+    names = list(dict.fromkeys(label_of(row) for row in rows))
     size = (max(7.0, 1.7 * len(names)), 4.0 * len(dtypes) + 0.6)
     figure, axes = plt.subplots(len(dtypes), 1, figsize=size, squeeze=False, layout="constrained")
     width = 0.85 / len(providers)
     for axis, dtype in zip(axes[:, 0], dtypes, strict=True):
         for i, provider in enumerate(providers):
             chosen = [row for row in rows if row["dtype"] == dtype and row["provider"] == provider]
-            places = [names.index(row["net"] + f"\nbatch {row['batch']}") + (i + 0.5) * width - 0.425 for row in chosen]
+            places = [names.index(label_of(row)) + (i + 0.5) * width - 0.425 for row in chosen]
             color = (
                 ("#c0392b", "#e59866")[OURS.index(provider)] if provider in OURS else plt.cm.viridis(i / len(providers))
             )
