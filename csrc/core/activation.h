@@ -50,7 +50,7 @@ alignas(64) static const float kHalfErf[4][32] = {
 template <class V>
 SPIN_INLINE typename V::F exp_vector(typename V::F x) {
   using F = typename V::F;
-  x = V::max(V::set(-87.f), V::min(V::set(88.f), x));
+  x = V::max(V::set(-87.f), V::min(V::set(89.f), x));  // 2^128 is infinity, as it should be
   const F n = V::round(V::mul(x, V::set(1.44269504f)));
   F r = V::fma(n, V::set(-0.693359375f), x);  // ln 2 in two parts
   r = V::fma(n, V::set(2.12194440e-4f), r);

@@ -1,8 +1,8 @@
 // The kernels that an instruction set provides, as a table of functions over raw pointers.
 //
 // Layout of activations ("blocked"): [line][token][lane]. A line holds `line_channels` consecutive
-// channels; the pixels of a plane are its tokens, row by row. Channels past the last are zero, and stay
-// zero through every kernel because their weights, biases, scales and shifts are zero.
+// channels; the pixels of a plane are its tokens, row by row. What stands in channels past the last is
+// undefined (an infinity times a padding weight of zero is a NaN), and no kernel lets it reach another.
 //
 // Layout of a matrix ("panels"): output channels in groups of up to `panel_vectors` vectors; inside a
 // panel one 4-byte unit of the input (a float, or a pair of bf16) after the other, each with the weights
@@ -14,8 +14,8 @@ namespace spin {
 
 // out = scale * act(gain * (W in) + bias) + shift (+ residual), for the channels of one panel.
 struct ProductArgs {
-  const char* input;     // first line, first token
-  int64_t input_lines;   // lines of input channels
+  const char* input;  // first line, first token
+  int64_t input_channels;
   int64_t input_stride;  // bytes from one line to the next
   const char* panel;
   int64_t vectors;       // vectors of output channels in this panel

@@ -25,6 +25,9 @@ struct Product {
   static constexpr int64_t kLineBytes = kUnits * kUnitBytes;
   static constexpr int64_t kVectorBytes = kLineBytes / V::kLineVectors;  // a vector of channels in a line
 
+  static constexpr int64_t kLineChannels = V::kLanes * V::kLineVectors;
+  static constexpr bool kPairs = V::kLineVectors == 2;  // a unit holds two channels
+
   struct Prefetch {
     const char* next;
     const char* end;
@@ -45,21 +48,30 @@ struct Product {
       for (int v = 0; v < kVectors; ++v) sum[t][v] = V::zero();
     }
     const char* weights = a.panel;
-    for (int64_t line = 0; line < a.input_lines; ++line, input += a.input_stride) {
+    auto step = [&](const char* unit, bool half) __attribute__((always_inline)) {
+      F w[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) w[v] = V::load(weights + v * kLineBytes);
+      weights += kVectors * kLineBytes;
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        F x = V::broadcast(unit + t * kLineBytes);
+        if constexpr (kPairs) {
+          if (half) x = V::first_of_pair(x);
+        }
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[t][v] = V::mac(sum[t][v], w[v], x);
+      }
+    };
+    const int64_t lines = a.input_channels / kLineChannels, rest = a.input_channels % kLineChannels;
+    for (int64_t line = 0; line < lines; ++line, input += a.input_stride) {
       prefetch.step();
 #pragma GCC unroll 4
-      for (int64_t unit = 0; unit < kUnits; ++unit) {
-        F w[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) w[v] = V::load(weights + v * kLineBytes);
-        weights += kVectors * kLineBytes;
-#pragma GCC unroll 8
-        for (int t = 0; t < kTokens; ++t) {
-          const F x = V::broadcast(input + t * kLineBytes + unit * kUnitBytes);
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) sum[t][v] = V::mac(sum[t][v], w[v], x);
-        }
-      }
+      for (int64_t unit = 0; unit < kUnits; ++unit) step(input + unit * kUnitBytes, false);
+    }
+    // Of a line that is not full, padding channels are left out: they may hold NaN.
+    for (int64_t channel = 0; channel < rest; channel += V::kLineVectors, input += kUnitBytes) {
+      step(input, kPairs && channel + 1 == rest);
     }
 #pragma GCC unroll 8
     for (int t = 0; t < kTokens; ++t) {
@@ -82,7 +94,7 @@ struct Product {
     alignas(64) float sums[V::kTileTokens * kVectors * V::kLanes];
     const int64_t tiles = ceil_div(a.tokens, V::kTileTokens), small = a.tokens / tiles, larger = a.tokens % tiles;
     Prefetch prefetch{a.prefetch, a.prefetch + a.prefetch_bytes,
-                      ceil_div(a.prefetch_bytes / kCacheLine, tiles * a.input_lines)};
+                      ceil_div(a.prefetch_bytes / kCacheLine, tiles * ceil_div(a.input_channels, kLineChannels))};
     with_activation(a.activation, [&](auto activation) {
       int64_t token = 0;
       for (int64_t i = 0; i < tiles; ++i) {

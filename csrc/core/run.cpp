@@ -240,7 +240,7 @@ class Runner {
     const int64_t next = last ? 0 : panel + 1;
     k_.product({
         .input = o.in,
-        .input_lines = net_.lines(w.input_channels),
+        .input_channels = w.input_channels,
         .input_stride = o.in_stride,
         .panel = w.panels + offset(panel),
         .vectors = net_.panel_begin(panel + 1, w.output_channels) - begin,

@@ -111,6 +111,9 @@ struct Avx512Bf16 : Avx512 {
   static SPIN_INLINE F mac(F sum, F weights, F unit) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(unit));
   }
+  static SPIN_INLINE F first_of_pair(F unit) {
+    return _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(unit), _mm512_set1_epi32(0xffff)));
+  }
   static SPIN_INLINE F load_chain(const void* p) { return load_as(p, DType::kBFloat16); }
   static SPIN_INLINE void store_chain(void* p, F x) {
     _mm256_storeu_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));

@@ -37,7 +37,7 @@ Activation activation_of(const std::string& name) {
 DType type_of(const py::array& array, const char* name) {
   if (array.dtype().is(py::dtype::of<float>())) return DType::kFloat32;
   if (array.dtype().is(py::dtype::of<uint16_t>())) return DType::kBFloat16;
-  if (array.dtype().kind() == 'f' && array.itemsize() == 2) return DType::kFloat16;
+  if (array.dtype().is(py::dtype("float16"))) return DType::kFloat16;
   throw py::type_error(std::string(name) + ": expected float32, float16 or uint16 (the bits of bfloat16)");
 }
 
@@ -76,6 +76,9 @@ py::array mixer(const py::array& x, const py::array& dw_weight, const std::optio
     throw py::value_error("x, dw_weight, pw_weight: expected ranks 4, 4 and 3");
   }
   const DType type = type_of(x, "x");
+  for (int i = 0; i < 4; ++i) {
+    if (x.strides(i) % x.itemsize()) throw py::value_error("x: expected strides of whole elements");
+  }
   NetworkShape s;
   s.channels = x.shape(1), s.kernel_size = dw_weight.shape(2), s.depth = int64_t(pw_index.size());
   s.filters = dw_weight.shape(0), s.matrices = pw_coefficients ? pw_coefficients->shape(0) : pw_weight.shape(0);
@@ -86,8 +89,9 @@ py::array mixer(const py::array& x, const py::array& dw_weight, const std::optio
     for (int64_t d = 0; d < s.depth; ++d) s.dw_index.push_back(d);
   }
   if (s.channels < 1 || s.channels > kMaxChannels || s.kernel_size % 2 == 0 || s.kernel_size > kMaxKernelSize ||
-      x.shape(2) < 1 || x.shape(3) < 1 || int64_t(s.dw_index.size()) != s.depth) {
-    throw py::value_error("x, dw_weight, dw_index: sizes out of range");
+      x.shape(2) < 1 || x.shape(3) < 1 || int64_t(s.dw_index.size()) != s.depth ||
+      pw_weight.shape(0) < (pw_coefficients ? 1 : 0)) {
+    throw py::value_error("x, dw_weight, dw_index, pw_weight: sizes out of range");
   }
   for (int64_t d = 0; d < s.depth; ++d) {
     if (s.pw_index[d] < 0 || s.pw_index[d] >= s.matrices || s.dw_index[d] < 0 || s.dw_index[d] >= s.filters) {

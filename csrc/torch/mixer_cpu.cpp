@@ -87,6 +87,7 @@ Mixer read_mixer(const Tensor& dw_weight, const std::optional<Tensor>& dw_bias, 
   SPIN_CHECK(dw_weight.dim() == 4, "dw_weight: expected rank 4");
   SPIN_CHECK(pw_weight.dim() == 3, "pw_weight: expected rank 3");
   SPIN_CHECK(!pw_coefficients || pw_coefficients->dim() == 2, "pw_coefficients: expected rank 2");
+  SPIN_CHECK(!pw_coefficients || pw_weight.size(0) >= 1, "pw_weight: expected at least one template");
   Mixer m;
   NetworkShape& s = m.shape;
   s.filters = dw_weight.size(0), s.channels = dw_weight.size(1), s.kernel_size = dw_weight.size(2);
