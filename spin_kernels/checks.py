@@ -271,6 +271,10 @@ def repeat_weight(
     for name, size in (("out_channels", out_channels), ("in_channels", in_channels)):
         if size < 1:
             raise ValueError(f"{name}: expected at least 1, got {size}")
+    if out_channels * in_channels * kh * kw > 2**60:
+        raise ValueError(
+            f"out_channels, in_channels: expected a weight that fits in memory, got {out_channels} x {in_channels}"
+        )
     if gate is not None:
         if alpha is not None or beta is not None:
             raise ValueError("gate: expected None beside alpha and beta, got a tensor")

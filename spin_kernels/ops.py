@@ -46,6 +46,9 @@ def _call_mixer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = (x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain)
     settings = (pw_index, dw_index, activation, pw_residual, eps)
+    for name, tensor in zip(MIXER_TENSORS, tensors, strict=True):
+        if tensor is not None and tensor.is_nested:  # torch's own refusal would not name the argument
+            raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it")
     if needs_gradient(*tensors):
         return _mixer(*tensors, *settings, True)
     # Nothing to record: pass over autograd's Python kernel, a quarter of a call's overhead.

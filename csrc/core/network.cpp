@@ -222,11 +222,12 @@ Network open_blob(char* blob, int64_t bytes) {
   within(h.depth, 0, kMany);
   within(h.filters, 0, kMany);
   within(h.matrices, 0, kMany);
-  within(h.in_channels, 0, kMaxChannels);
+  const int64_t whole = h.patch != 0;  // with patch embedding and classifier
+  within(h.in_channels, whole, whole * kMaxChannels);
   within(h.patch, 0, 1024);
-  within(h.patch_stride, 0, kMany);
-  within(h.patch_padding, 0, kMany);
-  within(h.classes, 0, kMany);
+  within(h.patch_stride, whole, whole * kMany);
+  within(h.patch_padding, 0, whole * kMany);
+  within(h.classes, whole, whole * kMany);
   within(h.activation, 0, int64_t(Activation::kIdentity));
   within(h.pw_residual, 0, 1);
   within(h.type, 0, int64_t(DType::kFloat16));

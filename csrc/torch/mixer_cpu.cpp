@@ -155,6 +155,16 @@ Batch batch_of(const Tensor& x, const Tensor& y, DType type) {
   return {x.size(0), view_of(x, type), x.stride(0), view_of(y, type), y.stride(0)};
 }
 
+// Expanded tensors may describe results that no memory holds.
+template <class Body>
+Tensor within_memory(const char* name, const Body& body) {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    SPIN_CHECK(false, name, ": the call failed, probably for want of memory; use a smaller batch: ", error.what());
+  }
+}
+
 Tensor mixer_cpu(const Tensor& x, const Tensor& dw_weight, const std::optional<Tensor>& dw_bias,
                  const Tensor& dw_affine, const Tensor& pw_weight, const std::optional<Tensor>& pw_bias,
                  const Tensor& pw_affine, const std::optional<Tensor>& pw_coefficients,
@@ -163,10 +173,12 @@ Tensor mixer_cpu(const Tensor& x, const Tensor& dw_weight, const std::optional<T
   const Mixer m = read_mixer(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain,
                              pw_index, dw_index, activation, pw_residual);
   check_input(x, m.shape);
-  Tensor y = output_for(x);
-  run_unpacked(select_kernels(m.shape.type, forced_isa()), m.shape, m.weights, batch_of(x, y, m.shape.type),
-               torch_parallel());
-  return y;
+  return within_memory("x", [&] {
+    Tensor y = output_for(x);
+    run_unpacked(select_kernels(m.shape.type, forced_isa()), m.shape, m.weights, batch_of(x, y, m.shape.type),
+                 torch_parallel());
+    return y;
+  });
 }
 
 // ---- frozen networks ----
@@ -216,9 +228,11 @@ Tensor frozen_mixer(const Tensor& x, const Tensor& packed) {
   Network network = open(packed);
   SPIN_CHECK(!network.shape().whole(), "packed: expected a frozen mixer, got a whole frozen network");
   check_input(x, network.shape());
-  Tensor y = output_for(x);
-  run_packed(network, batch_of(x, y, network.shape().type), torch_parallel());
-  return y;
+  return within_memory("x", [&] {
+    Tensor y = output_for(x);
+    run_packed(network, batch_of(x, y, network.shape().type), torch_parallel());
+    return y;
+  });
 }
 
 Tensor pack_network(const Tensor& patch_weight, const std::optional<Tensor>& patch_bias, const Tensor& patch_affine,
