@@ -8,7 +8,8 @@
 //
 // Cost: tokens * channels * vectors multiply-adds of one vector each; floor = that / FMA rate. Bytes from
 // L2 per multiply-add vector: 8 (panel) + 1.3 (input) at 8 x 48, well under what L2 delivers. The panel
-// after this one is prefetched to L2, a few lines per input line, evenly over the tiles.
+// after this one is prefetched to L2, a few lines per input line, evenly over the tiles. Blocking the input
+// channels too, so that a slice of the panel stays in L1 (64 to 256 channels), gained nothing: -4 to +4 %.
 //
 // Numerics: float32 sums in order of the input channel, the same for every tile shape and thread count.
 #pragma once
