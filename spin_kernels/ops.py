@@ -46,9 +46,6 @@ def _call_mixer(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tensors = (x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain)
     settings = (pw_index, dw_index, activation, pw_residual, eps)
-    for name, tensor in zip(MIXER_TENSORS, tensors, strict=True):
-        if tensor is not None and tensor.is_nested:  # torch's own refusal would not name the argument
-            raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it")
     if needs_gradient(*tensors):
         return _mixer(*tensors, *settings, True)
     # Nothing to record: pass over autograd's Python kernel, a quarter of a call's overhead.
@@ -252,6 +249,17 @@ def _register(
     return op
 
 
+def _refuse_nested(public: str) -> None:
+    names = [argument.name for argument in getattr(torch.ops.spin, public).default._schema.arguments]
+
+    def kernel(*args: Any, **options: Any) -> NoReturn:  # torch's own refusal would not name the argument
+        given = dict(zip(names, args, strict=False)) | options
+        name = next(n for n, a in given.items() if isinstance(a, Tensor) and a.is_nested)
+        raise TypeError(f"{name}: expected a dense tensor, got a nested one; pad it")
+
+    _implementations.impl(public, kernel, "AutogradNestedTensor")
+
+
 def _autocast_kernel(op: Any, device_type: str, key: DispatchKey, cast: Callable | None) -> Callable:
     def kernel(*args: Any) -> Any:
         if cast is not None:
@@ -283,3 +291,5 @@ _repeat_backward = _register(
     "_repeat_weight_backward", _run_repeat_backward, _fake_repeat_backward, None, _refuse_second_derivative
 )
 _mixer_cpu = torch.ops.spin._mixer_cpu.default
+for _public in ("shared_mixer_block", "shared_mixer_block_train", "compose_superweights", "repeat_weight"):
+    _refuse_nested(_public)

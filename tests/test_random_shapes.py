@@ -21,6 +21,15 @@ BLOCK = torch.ops.spin.shared_mixer_block.default
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The references' many small float64 convolutions crawl on a busy machine with more; test_threads.py has more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def sliced(x: Tensor) -> Tensor:
     larger = torch.full([2 * n + 1 for n in x.shape], math.nan, dtype=x.dtype)
     larger[1::2, 1::2, 1::2, 1::2] = x
@@ -50,15 +59,15 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def any_arguments(rng: Random) -> tuple[dict[str, Any], str]:
-    area = rng.choice([1, 9, 9, 50, 120])  # plain float64 convolutions by group are what takes the time
+    area = rng.choice([1, 9, 50, 300])
     height = rng.randint(1, rng.choice([area, math.isqrt(area)]))
-    depth = rng.randint(0, 3)
+    depth = rng.randint(0, 4)
     a = mixer_arguments(
         batch=rng.choice([0, 1, 1, 2, 3, 5]),
-        channels=rng.choice([1, rng.randint(1, 20), rng.randint(1, 20), rng.randint(20, 50), 16 * rng.randint(1, 3)]),
+        channels=rng.choice([1, rng.randint(1, 20), rng.randint(20, 100), 16 * rng.randint(1, 6)]),
         height=height,
         width=rng.randint(1, max(1, area // height)),
-        kernel=rng.choice([1, 3, 3, 3, 5, 5, 7, 7, 9, 9, *([11, 13, 31] if area <= 50 else [])]),
+        kernel=rng.choice([1, 3, 3, 3, 5, 5, 7, 7, 9, 9, 11, 13, 31]),
         depth=depth,
         matrices=rng.randint(1, 4),
         filters=rng.choice([None, rng.randint(1, 4)]),
@@ -140,7 +149,7 @@ def test_random_shapes(chunk: int) -> None:
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
 def test_random_frozen_networks(chunk: int) -> None:
-    for rng, a in draws(chunk, SHAPES // 5):
+    for rng, a in draws(chunk, SHAPES // 2):
         channels, dtype, wide = a["x"].shape[1], a["x"].dtype, torch.float32
         patch, stride, padding = rng.choice([1, 2, 3, 5, 7, 14]), rng.choice([1, 2, 3, 7, 20]), rng.choice([0, 1, 4])
         inputs, classes, batch = rng.choice([1, 3, 4, 20]), rng.choice([1, 10, 100]), rng.choice([0, 1, 2, 3, 5])

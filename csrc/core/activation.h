@@ -3,8 +3,9 @@
 // gelu(x) = x/2 + |x| h(|x|) with h(t) = erf(t / sqrt 2) / 2. With this form minus infinity gives NaN and
 // plus infinity itself, as x * Phi(x) does, and small x keep their relative accuracy.
 //   32-entry permutations: h in 31 pieces, degree 3 in the distance from the middle, and 1/2 from 5.6 on:
-//     4 permutations, 6 fma, 4 others, 7 clocks per 16 values where both kinds share two ports. |error| of
-//     gelu <= 5e-7 (the usual x/2 (1 + erf) in float32: 1.2e-6). 16 pieces of degree 4 take 2 clocks more.
+//     4 permutations, 6 fma, 4 others, 14 operations, 7 clocks per 16 values where all share two ports (counted).
+//     |error| of gelu <= 5e-7 (the usual x/2 (1 + erf) in float32: 1.2e-6). 16 pieces of degree 4 take 18 (256/8: 4 %
+//     slower).
 //   elsewhere: 1 - erf(z) = (a1 t + ... + a5 t^5) exp(-z^2), t = 1 / (1 + p z), Abramowitz & Stegun
 //     7.1.26, |error| <= 1.5e-7.
 // exp(x) = 2^n e^r, n = round(x / ln 2), e^r by its series to degree 6 on |r| <= ln 2 / 2 (2e-7 relative).

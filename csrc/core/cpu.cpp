@@ -41,8 +41,8 @@ const Kernels& select_kernels(DType type, const std::string& isa) {
   if (chosen.empty()) {
     chosen = names.back();
     // vdpbf16ps does two multiply-adds per lane. Zen 4 and 5 issue it as often as a float32 multiply-add;
-    // Intel's cores without AMX issue it a quarter as often (measured: 100 against 195 GFLOP/s on one core
-    // of an Emerald Rapids), so there bf16 is faster, and more precise, in the float32 kernels.
+    // An Emerald Rapids without AMX issues it a quarter as often (measured: 100 against 195 GFLOP/s on one
+    // core), and so, we assume, do its relatives: there bf16 is faster, and more precise, in the float32 kernels.
     if (chosen == "avx512_bf16" && cpu_features().vendor != "amd") chosen = "avx512";
   } else if (std::find(names.begin(), names.end(), chosen) == names.end()) {
     std::string list;

@@ -29,8 +29,8 @@
 namespace spin {
 namespace {
 
-// Both measured: at 32 x 32 tokens of 1024 channels, batch 2, bands of 0.6, 1.1, 2 and 5 MB take 264, 262, 268
-// and 312 ms; packing 4, 16 and 128 MB ahead at batch 8 costs 1024/20 0, 5 and 9 %, 768/32 -3, 4 and 2 %.
+// Both measured (best calls): at 32 x 32 tokens of 1024 channels, batch 2, bands of 0.6, 1.1, 2 and 5 MB take 264, 262,
+// 268 and 312 ms; packing 4, 16 and 128 MB ahead at batch 8 costs 1024/20 0, 5 and 9 %, 768/32 -3, 4 and 2 %.
 constexpr int64_t kBandBytes = 9 << 17;    // of y: what one core's L2 holds beside the panels
 constexpr int64_t kPackedBytes = 4 << 20;  // of matrices that are packed ahead of their use
 constexpr double kFlopsPerThread = 2e6;    // below this a second thread costs more than it brings

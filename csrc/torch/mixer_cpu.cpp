@@ -19,8 +19,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-#define SPIN_CHECK(condition, ...) STD_TORCH_CHECK(condition, __VA_ARGS__)
-
 Parallel torch_parallel() {
   return {int(torch::stable::get_num_threads()), [](int threads, const std::function<void(int)>& body) {
             if (threads == 1) return body(0);
@@ -31,7 +29,7 @@ Parallel torch_parallel() {
 }
 
 DType dtype_of(const Tensor& t, const char* name) {
-  SPIN_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -40,7 +38,7 @@ DType dtype_of(const Tensor& t, const char* name) {
     case ScalarType::Half:
       return DType::kFloat16;
     default:
-      SPIN_CHECK(false, name, ": expected float32, bfloat16 or float16");
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
   }
   return DType::kFloat32;
 }
@@ -50,7 +48,7 @@ Activation activation_of(const std::string& name) {
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   if (name == "relu") return Activation::kRelu;
   if (name == "silu") return Activation::kSilu;
-  SPIN_CHECK(name == "identity", "activation: expected gelu, gelu_tanh, relu, silu or identity, got ", name);
+  STD_TORCH_CHECK(name == "identity", "activation: expected gelu, gelu_tanh, relu, silu or identity, got ", name);
   return Activation::kIdentity;
 }
 
@@ -59,7 +57,7 @@ const char* data_of(const Tensor& t, DType type, std::initializer_list<int64_t> 
                     std::vector<Tensor>& keep) {
   bool same = t.dim() == int64_t(shape.size()) && dtype_of(t, name) == type;
   for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(i) == shape.begin()[i];
-  SPIN_CHECK(same, name, ": shape or dtype does not fit the other arguments");
+  STD_TORCH_CHECK(same, name, ": shape or dtype does not fit the other arguments");
   keep.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
   return static_cast<const char*>(keep.back().const_data_ptr());
 }
@@ -84,10 +82,10 @@ Mixer read_mixer(const Tensor& dw_weight, const std::optional<Tensor>& dw_bias, 
                  const std::optional<Tensor>& pw_coefficients, const std::optional<Tensor>& pw_gain,
                  const std::vector<int64_t>& pw_index, const std::optional<std::vector<int64_t>>& dw_index,
                  const std::string& activation, bool pw_residual) {
-  SPIN_CHECK(dw_weight.dim() == 4, "dw_weight: expected rank 4");
-  SPIN_CHECK(pw_weight.dim() == 3, "pw_weight: expected rank 3");
-  SPIN_CHECK(!pw_coefficients || pw_coefficients->dim() == 2, "pw_coefficients: expected rank 2");
-  SPIN_CHECK(!pw_coefficients || pw_weight.size(0) >= 1, "pw_weight: expected at least one template");
+  STD_TORCH_CHECK(dw_weight.dim() == 4, "dw_weight: expected rank 4");
+  STD_TORCH_CHECK(pw_weight.dim() == 3, "pw_weight: expected rank 3");
+  STD_TORCH_CHECK(!pw_coefficients || pw_coefficients->dim() == 2, "pw_coefficients: expected rank 2");
+  STD_TORCH_CHECK(!pw_coefficients || pw_weight.size(0) >= 1, "pw_weight: expected at least one template");
   Mixer m;
   NetworkShape& s = m.shape;
   s.filters = dw_weight.size(0), s.channels = dw_weight.size(1), s.kernel_size = dw_weight.size(2);
@@ -96,18 +94,19 @@ Mixer read_mixer(const Tensor& dw_weight, const std::optional<Tensor>& dw_bias, 
   s.pw_index = pw_index;
   s.activation = activation_of(activation), s.pw_residual = pw_residual;
   s.type = dtype_of(dw_weight, "dw_weight");
-  SPIN_CHECK(s.channels >= 1 && s.channels <= kMaxChannels, "dw_weight: expected 1 to ", kMaxChannels, " channels");
-  SPIN_CHECK(s.kernel_size % 2 == 1 && s.kernel_size <= kMaxKernelSize, "dw_weight: expected an odd kernel size up to ",
-             kMaxKernelSize);
+  STD_TORCH_CHECK(s.channels >= 1 && s.channels <= kMaxChannels, "dw_weight: expected 1 to ", kMaxChannels,
+                  " channels");
+  STD_TORCH_CHECK(s.kernel_size % 2 == 1 && s.kernel_size <= kMaxKernelSize,
+                  "dw_weight: expected an odd kernel size up to ", kMaxKernelSize);
   if (dw_index) {
     s.dw_index = *dw_index;
   } else {
     for (int64_t d = 0; d < s.depth; ++d) s.dw_index.push_back(d);
   }
-  SPIN_CHECK(int64_t(s.dw_index.size()) == s.depth, "dw_index: expected one entry per block");
+  STD_TORCH_CHECK(int64_t(s.dw_index.size()) == s.depth, "dw_index: expected one entry per block");
   for (int64_t d = 0; d < s.depth; ++d) {
-    SPIN_CHECK(s.dw_index[d] >= 0 && s.dw_index[d] < s.filters, "dw_index: out of range");
-    SPIN_CHECK(s.pw_index[d] >= 0 && s.pw_index[d] < s.matrices, "pw_index: out of range");
+    STD_TORCH_CHECK(s.dw_index[d] >= 0 && s.dw_index[d] < s.filters, "dw_index: out of range");
+    STD_TORCH_CHECK(s.pw_index[d] >= 0 && s.pw_index[d] < s.matrices, "pw_index: out of range");
   }
   const int64_t C = s.channels, k = s.kernel_size, D = s.depth;
   m.keep.reserve(8);
@@ -146,9 +145,9 @@ Tensor output_for(const Tensor& x) {
 }
 
 void check_input(const Tensor& x, const NetworkShape& shape) {
-  SPIN_CHECK(x.dim() == 4 && x.size(1) == shape.channels && x.size(2) >= 1 && x.size(3) >= 1,
-             "x: expected shape (batch, ", shape.channels, ", height, width)");
-  SPIN_CHECK(dtype_of(x, "x") == shape.type, "x: expected the dtype of the weights");
+  STD_TORCH_CHECK(x.dim() == 4 && x.size(1) == shape.channels && x.size(2) >= 1 && x.size(3) >= 1,
+                  "x: expected shape (batch, ", shape.channels, ", height, width)");
+  STD_TORCH_CHECK(dtype_of(x, "x") == shape.type, "x: expected the dtype of the weights");
 }
 
 Batch batch_of(const Tensor& x, const Tensor& y, DType type) {
@@ -161,7 +160,7 @@ Tensor within_memory(const char* name, const Body& body) {
   try {
     return body();
   } catch (const std::exception& error) {
-    SPIN_CHECK(false, name, ": the call failed, probably for want of memory; use a smaller batch: ", error.what());
+    STD_TORCH_CHECK(false, name, ": the call failed, probably for want of memory; use a smaller batch: ", error.what());
   }
 }
 
@@ -209,8 +208,8 @@ Tensor pack(const Tensor& like, NetworkShape shape, const MixerWeights& weights,
 }
 
 Network open(const Tensor& packed) {
-  SPIN_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
-             "packed: expected the contiguous uint8 CPU tensor that freeze() made");
+  STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(),
+                  "packed: expected the contiguous uint8 CPU tensor that freeze() made");
   return open_blob(static_cast<char*>(packed.data_ptr()), packed.numel());
 }
 
@@ -226,7 +225,7 @@ Tensor pack_mixer(const Tensor& dw_weight, const std::optional<Tensor>& dw_bias,
 
 Tensor frozen_mixer(const Tensor& x, const Tensor& packed) {
   Network network = open(packed);
-  SPIN_CHECK(!network.shape().whole(), "packed: expected a frozen mixer, got a whole frozen network");
+  STD_TORCH_CHECK(!network.shape().whole(), "packed: expected a frozen mixer, got a whole frozen network");
   check_input(x, network.shape());
   return within_memory("x", [&] {
     Tensor y = output_for(x);
@@ -246,14 +245,15 @@ Tensor pack_network(const Tensor& patch_weight, const std::optional<Tensor>& pat
   Mixer m = read_mixer(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain, pw_index,
                        dw_index, activation, pw_residual);
   NetworkShape& s = m.shape;
-  SPIN_CHECK(patch_weight.dim() == 4 && head_weight.dim() == 2, "patch_weight, head_weight: expected ranks 4 and 2");
+  STD_TORCH_CHECK(patch_weight.dim() == 4 && head_weight.dim() == 2,
+                  "patch_weight, head_weight: expected ranks 4 and 2");
   s.in_channels = patch_weight.size(1), s.patch = patch_weight.size(2), s.classes = head_weight.size(0);
   s.patch_stride = patch_stride, s.patch_padding = patch_padding;
-  SPIN_CHECK(s.in_channels >= 1 && s.in_channels <= 1024 && s.patch >= 1 && s.patch <= 64,
-             "patch_weight: expected 1 to 1024 input channels and a patch of 1 to 64");
-  SPIN_CHECK(patch_stride >= 1 && patch_stride <= 1024 && patch_padding >= 0 && patch_padding <= 1024,
-             "patch_stride, patch_padding: out of range");
-  SPIN_CHECK(s.classes >= 1 && s.classes <= (1 << 20), "head_weight: expected 1 to ", 1 << 20, " classes");
+  STD_TORCH_CHECK(s.in_channels >= 1 && s.in_channels <= 1024 && s.patch >= 1 && s.patch <= 64,
+                  "patch_weight: expected 1 to 1024 input channels and a patch of 1 to 64");
+  STD_TORCH_CHECK(patch_stride >= 1 && patch_stride <= 1024 && patch_padding >= 0 && patch_padding <= 1024,
+                  "patch_stride, patch_padding: out of range");
+  STD_TORCH_CHECK(s.classes >= 1 && s.classes <= (1 << 20), "head_weight: expected 1 to ", 1 << 20, " classes");
   EndWeights ends;
   std::vector<Tensor> keep;
   keep.reserve(5);
@@ -269,15 +269,15 @@ Tensor pack_network(const Tensor& patch_weight, const std::optional<Tensor>& pat
 Tensor frozen_network(const Tensor& image, const Tensor& packed, int64_t num_classes) {
   Network network = open(packed);
   const NetworkShape& s = network.shape();
-  SPIN_CHECK(s.whole(), "packed: expected a whole frozen network, got a frozen mixer");
-  SPIN_CHECK(num_classes == s.classes, "num_classes: expected ", s.classes, ", got ", num_classes);
-  SPIN_CHECK(image.dim() == 4 && image.size(1) == s.in_channels, "image: expected shape (batch, ", s.in_channels,
-             ", height, width)");
-  SPIN_CHECK(image.size(2) + 2 * s.patch_padding >= s.patch && image.size(3) + 2 * s.patch_padding >= s.patch,
-             "image: expected height and width of at least one patch of ", s.patch, " pixels, got ", image.size(2),
-             " x ", image.size(3));
+  STD_TORCH_CHECK(s.whole(), "packed: expected a whole frozen network, got a frozen mixer");
+  STD_TORCH_CHECK(num_classes == s.classes, "num_classes: expected ", s.classes, ", got ", num_classes);
+  STD_TORCH_CHECK(image.dim() == 4 && image.size(1) == s.in_channels, "image: expected shape (batch, ", s.in_channels,
+                  ", height, width)");
+  STD_TORCH_CHECK(image.size(2) + 2 * s.patch_padding >= s.patch && image.size(3) + 2 * s.patch_padding >= s.patch,
+                  "image: expected height and width of at least one patch of ", s.patch, " pixels, got ", image.size(2),
+                  " x ", image.size(3));
   const DType type = dtype_of(image, "image");
-  SPIN_CHECK(type == s.type || type == DType::kFloat32, "image: expected float32 or the dtype of the weights");
+  STD_TORCH_CHECK(type == s.type || type == DType::kFloat32, "image: expected float32 or the dtype of the weights");
   Tensor logits = empty_like(image, {image.size(0), s.classes});
   External out{static_cast<char*>(logits.mutable_data_ptr()), type, s.classes, 1, 1, 1, 0, 0};
   run_packed(network, {image.size(0), view_of(image, type), image.stride(0), out, s.classes}, torch_parallel());
