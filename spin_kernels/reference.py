@@ -93,12 +93,12 @@ def mixer(
         f = d if dw_index is None else dw_index[d]
         s = pw_index[d]
         filter_d, matrix = filters[f][:, None], matrices[s][:, :, None, None]
-        u = act(F.conv2d(x, filter_d, filter_biases[f], padding=padding, groups=channels))
+        u = act(_conv2d(x, filter_d, filter_biases[f], padding=padding, groups=channels))
         y = x + _normalise(u, dw_affine[d], eps, dw_stats)
         if pw_gain is None:
-            v = F.conv2d(y, matrix, matrix_biases[s])
+            v = _conv2d(y, matrix, matrix_biases[s])
         else:
-            v = _affine(F.conv2d(y, matrix), pw_gain[d], matrix_biases[s])
+            v = _affine(_conv2d(y, matrix), pw_gain[d], matrix_biases[s])
         x = _normalise(act(v), pw_affine[d], eps, pw_stats)
         if pw_residual:
             x = x + y
@@ -205,6 +205,15 @@ def repeat_weight(
         wide = tiled.to(alpha.dtype)
         tiled = (wide * torch.sigmoid(-beta * wide) * alpha).to(weight.dtype)
     return tiled.contiguous()
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding: int = 0, groups: int = 1) -> Tensor:
+    """F.conv2d. In 16 bits on the CPU it is computed in float32 and rounded once, which is what it means: torch 2.13
+    itself never returns from a float16 depthwise convolution with k >= 15 where the processor has AVX512-FP16."""
+    if x.device.type == "cpu" and x.dtype in (torch.float16, torch.bfloat16):
+        wide_bias = None if bias is None else bias.float()
+        return F.conv2d(x.float(), weight.float(), wide_bias, padding=padding, groups=groups).to(x.dtype)
+    return F.conv2d(x, weight, bias, padding=padding, groups=groups)
 
 
 def _affine(u: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:

@@ -79,7 +79,15 @@ def test_create_overrides_and_errors():
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("patch_size", 0), ("patch_stride", 0), ("patch_padding", -1), ("in_channels", 0), ("num_classes", 0), ("dim", 0)],
+    [
+        ("patch_size", 0),
+        ("patch_stride", 0),
+        ("patch_padding", -1),
+        ("patch_padding", 4),
+        ("in_channels", 0),
+        ("num_classes", 0),
+        ("dim", 0),
+    ],
 )
 def test_errors_name_the_argument(argument, value):
     with pytest.raises(ValueError, match=f"^{argument}: expected .* got {value}"):

@@ -145,6 +145,18 @@ def test_low_precision_is_that_of_modules(dtype: torch.dtype, eps: float | None)
     assert (y - exact).norm() <= 1.5 * (plain - exact).norm() + torch.finfo(dtype).eps * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", [15, 31])
+def test_low_precision_with_large_kernels(kernel: int, dtype: torch.dtype) -> None:
+    # Plain float16 F.conv2d of torch 2.13 never returns from these where the processor has AVX512-FP16.
+    arguments = mixer_arguments(batch=1, channels=13, height=5, width=60, kernel=kernel, dtype=dtype)
+    exact = reference.mixer(**cast(arguments, torch.float64))[0]
+    arguments["x"].requires_grad_()
+    y = reference.mixer(**arguments)[0]
+    assert (y - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+    assert torch.autograd.grad(y.sum(), arguments["x"])[0].isfinite().all()
+
+
 def test_coefficients_are_summed_in_float32_and_rounded_once() -> None:
     arguments = mixer_arguments(templates=4, dtype=torch.bfloat16)
     weight, coefficients = arguments["pw_weight"], arguments["pw_coefficients"]

@@ -65,7 +65,7 @@ class ConvMixer(Freezable):
         kernel_size: of the depthwise convolutions, odd.
         patch_size: side of a patch.
         patch_stride: distance between patches; None is patch_size.
-        patch_padding: zeros around the image.
+        patch_padding: zeros around the image, fewer than patch_size.
         in_channels: of the image.
         num_classes: number of logits.
         activation: ``"gelu"`` (erf), ``"gelu_tanh"``, ``"relu"``, ``"silu"`` or ``"identity"``.
@@ -107,6 +107,8 @@ class ConvMixer(Freezable):
         ):
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
+        if patch_padding >= patch_size:  # patches of nothing but zeros; torch's float16 convolution breaks on them
+            raise ValueError(f"patch_padding: expected less than patch_size {patch_size}, got {patch_padding}")
         mixer = SharedMixer(dim, depth, kernel_size, sharing, activation, pw_residual, templates, transform)
         self.patch_embed = PatchEmbed(in_channels, dim, patch_size, patch_stride, patch_padding, activation)
         self.mixer = mixer
