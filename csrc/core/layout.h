@@ -124,13 +124,15 @@ struct Layout {
 
   // ---- matrices ----
 
+  // kLanes elements of a matrix from (row, column); `composed` says whether there are coefficients.
+  template <DType type, bool composed>
   static SPIN_INLINE F combine(const PackArgs& a, int64_t row, int64_t column) {
-    const char* at = a.source + (row * a.columns + column) * size_of(a.type);
-    if (!a.coefficients) return V::load_as(at, a.type);
-    F sum = V::mul(V::set(a.coefficients[0]), V::load_as(at, a.type));
+    const char* at = a.source + (row * a.columns + column) * size_of(type);
+    if constexpr (!composed) return V::load_as(at, type);
+    F sum = V::mul(V::set(a.coefficients[0]), V::load_as(at, type));
     for (int64_t t = 1; t < a.templates; ++t) {
-      at += a.template_stride * size_of(a.type);
-      sum = V::fma(V::set(a.coefficients[t]), V::load_as(at, a.type), sum);
+      at += a.template_stride * size_of(type);
+      sum = V::fma(V::set(a.coefficients[t]), V::load_as(at, type), sum);
     }
     return sum;
   }
@@ -149,33 +151,64 @@ struct Layout {
     return V::load(values);
   }
 
-  static void pack_panel(const PackArgs& a) {
+  // A line of units of one row; `inside` promises that all of it is there.
+  template <DType type, bool composed, bool inside>
+  static SPIN_INLINE F units(const PackArgs& a, int64_t row, int64_t first_column) {
+    if constexpr (inside && !composed && type == V::kChain) {
+      return V::load(a.source + (row * a.columns + first_column) * size_of(type));  // is in units already
+    }
+    F channels[V::kLineVectors];
+    for (int64_t v = 0; v < V::kLineVectors; ++v) {
+      const int64_t column = first_column + v * kLanes;
+      if (inside || (row < a.rows && column + kLanes <= a.columns)) {
+        channels[v] = combine<type, composed>(a, row, column);
+      } else {
+        channels[v] = row < a.rows && column < a.columns ? combine_tail(a, row, column) : V::zero();
+      }
+    }
+    return V::to_units(channels);
+  }
+
+  template <DType type, bool composed, bool inside>
+  static SPIN_INLINE void pack_block(const PackArgs& a, int64_t row, int64_t column, char* to) {
+    F block[kLanes];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < kLanes; ++r) {
+      block[r] = units<type, composed, inside>(a, row + r, column);
+    }
+    V::transpose(block);
+    const int64_t stride = a.vectors * kLanes * 4;
+#pragma GCC unroll 16
+    for (int64_t unit = 0; unit < kLanes; ++unit) V::store(to + unit * stride, block[unit]);
+  }
+
+  template <DType type, bool composed>
+  static void pack_panel_of(const PackArgs& a) {
     const int64_t lines = ceil_div(a.columns, kLineChannels);
     constexpr int64_t kUnitVectorBytes = kLanes * 4;
     for (int64_t vector = 0; vector < a.vectors; ++vector) {
       const int64_t row = a.first_row + vector * kLanes;
+      const int64_t inside = row + kLanes <= a.rows ? a.columns / kLineChannels : 0;
       char* to = a.panel + vector * kUnitVectorBytes;
-      for (int64_t line = 0; line < lines; ++line) {
-        F block[kLanes];
-        for (int64_t r = 0; r < kLanes; ++r) {
-          F channels[V::kLineVectors];
-          // Rows are too short for the hardware's prefetchers: ask for the same place, one vector of rows on.
-          __builtin_prefetch(a.source + ((row + kLanes + r) * a.columns + line * kLineChannels) * size_of(a.type));
-          for (int64_t v = 0; v < V::kLineVectors; ++v) {
-            const int64_t column = line * kLineChannels + v * kLanes;
-            if (row + r >= a.rows || column >= a.columns) {
-              channels[v] = V::zero();
-            } else if (column + kLanes <= a.columns) {
-              channels[v] = combine(a, row + r, column);
-            } else {
-              channels[v] = combine_tail(a, row + r, column);
-            }
-          }
-          block[r] = V::to_units(channels);
+      for (int64_t line = 0; line < lines; ++line, to += kLanes * a.vectors * kUnitVectorBytes) {
+        if (line < inside) {
+          pack_block<type, composed, true>(a, row, line * kLineChannels, to);
+        } else {
+          pack_block<type, composed, false>(a, row, line * kLineChannels, to);
         }
-        V::transpose(block);
-        for (int64_t unit = 0; unit < kLanes; ++unit, to += a.vectors * kUnitVectorBytes) V::store(to, block[unit]);
       }
+    }
+  }
+
+  static void pack_panel(const PackArgs& a) {
+    const bool composed = a.coefficients != nullptr;
+    switch (a.type) {
+      case DType::kFloat32:
+        return composed ? pack_panel_of<DType::kFloat32, true>(a) : pack_panel_of<DType::kFloat32, false>(a);
+      case DType::kBFloat16:
+        return composed ? pack_panel_of<DType::kBFloat16, true>(a) : pack_panel_of<DType::kBFloat16, false>(a);
+      case DType::kFloat16:
+        return composed ? pack_panel_of<DType::kFloat16, true>(a) : pack_panel_of<DType::kFloat16, false>(a);
     }
   }
 
