@@ -119,14 +119,14 @@ def test_regime(dtype: str, regime: str) -> None:
             assert np.array_equal(y, run(a, isa, packed=True)), (isa, "packed", settings)
 
 
-# Images of several bands of rows; matrices that do not fit the packed memory, so that a call has several segments.
+# Images of several bands of rows; compositions that do not fit the packed memory, so that a call has several segments.
 LARGE: dict[str, dict[str, Any]] = {
     "bands-tall": {"B": 1, "C": 16, "H": 200, "W": 220, "k": 5, "activation": "relu"},
     "bands-general-kernel": {"B": 1, "C": 16, "H": 200, "W": 220, "k": 11, "D": 1, "activation": "relu"},
     "bands-wide": {"B": 2, "C": 300, "H": 50, "W": 70, "k": 3, "activation": "silu", "pw_residual": True},
     "bands-of-one-row": {"B": 1, "C": 40, "H": 3, "W": 9000, "k": 3, "D": 2, "activation": "relu"},
-    "segments": {"B": 3, "C": 512, "H": 2, "W": 2, "D": 9, "pw_index": [0, 1, 2, 3, 0, 4, 5, 1, 6]},
-    "segments-of-a-block": {"B": 2, "C": 2064, "H": 1, "W": 3, "k": 1, "D": 3, "S": 2, "activation": "silu"},
+    "segments": {"B": 3, "C": 512, "H": 2, "W": 2, "D": 9, "templates": 2, "pw_index": [0, 1, 2, 3, 0, 4, 5, 1, 6]},
+    "segments-of-a-block": {"B": 2, "C": 2064, "H": 1, "W": 3, "k": 1, "D": 3, "S": 2, "templates": 2},
 }
 
 

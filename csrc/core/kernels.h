@@ -4,23 +4,34 @@
 // channels; the pixels of a plane are its tokens, row by row. What stands in channels past the last is
 // undefined (an infinity times a padding weight of zero is a NaN), and no kernel lets it reach another.
 //
-// Layout of a matrix ("panels"): output channels in groups of up to `panel_vectors` vectors; inside a
-// panel one 4-byte unit of the input (a float, or a pair of bf16) after the other, each with the weights
-// of the panel's output channels side by side: exactly the order in which the product reads them.
+// Layout of a product's input ("panels"): tokens in groups of up to three vectors; inside a panel
+// one 4-byte unit of the channels (a float, or a pair of bf16) after the other, each with the panel's tokens
+// side by side: exactly the order in which the product reads them.
+//
+// Layout of a matrix ("rows"): row-major like PyTorch's, a row per output channel, in the element type of the
+// chain, rows `row_stride` bytes apart. A row that does not fill its last unit is followed by a zero.
 #pragma once
 #include "types.h"
 
 namespace spin {
 
-// out = scale * act(gain * (W in) + bias) + shift (+ residual), for the channels of one panel.
+// One line of tokens into panels.
+struct PackTokensArgs {
+  const char* input;  // first token of the line
+  int64_t tokens;
+  int64_t line, lines;  // which one, of how many
+  char* panels;
+};
+
+// out = scale * act(gain * (W in) + bias) + shift (+ residual), for a vector of output channels.
 struct ProductArgs {
-  const char* input;  // first line, first token
+  const char* panels;  // all tokens
   int64_t input_channels;
-  int64_t input_stride;  // bytes from one line to the next
-  const char* panel;
-  int64_t vectors;       // vectors of output channels in this panel
-  int64_t first_vector;  // the panel's first vector, counted over all output channels
-  const float* bias;     // these four point at the panel's first channel
+  const char* weights;      // first row
+  int64_t row_stride;       // bytes
+  int64_t output_channels;  // at most a vector
+  int64_t first_vector;     // this vector, counted over all output channels
+  const float* bias;        // these four point at the first output channel
   const float* gain;
   const float* scale;
   const float* shift;
@@ -30,7 +41,7 @@ struct ProductArgs {
   int64_t output_stride;
   int64_t tokens;
   Activation activation;
-  const char* prefetch;  // what this core reads next: brought to L2 while this panel is computed
+  const char* prefetch;  // what this core reads next: brought to L2 while this vector is computed
   int64_t prefetch_bytes;
 };
 
@@ -48,17 +59,16 @@ struct DepthwiseArgs {
   float* scratch;  // depthwise_scratch() floats
 };
 
-// One panel of matrix rows = output channels: W = sum_t coefficients[t] * templates[t], or templates[0].
-struct PackArgs {
-  const char* source;  // row-major (templates, rows, columns)
+// Rows of a matrix: W = sum_t coefficients[t] * templates[t], or templates[0], in the element type of the chain.
+struct PackRowsArgs {
+  const char* source;  // first row; row-major (templates, rows, columns)
   DType type;
   int64_t templates;
   int64_t template_stride;    // elements
   const float* coefficients;  // null: a single plain matrix
   int64_t rows, columns;
-  int64_t first_row;  // the panel's first output channel
-  int64_t vectors;
-  char* panel;
+  char* to;
+  int64_t row_stride;  // bytes
 };
 
 // A tensor outside the engine: any strides, in elements.
@@ -84,13 +94,12 @@ struct Kernels {
   int64_t lanes;          // channels in a vector
   int64_t line_channels;  // channels in a line
   int64_t line_bytes;
-  int64_t panel_vectors;
-  int64_t units_per_line;  // 4-byte units in a line: the steps of the product per line
-  DType chain;             // element type of the activations between blocks
+  DType chain;  // element type of the activations between blocks
   void (*product)(const ProductArgs&);
   void (*depthwise)(const DepthwiseArgs&);
   int64_t (*depthwise_scratch)(int64_t height, int64_t width, int64_t kernel_size);
-  void (*pack_panel)(const PackArgs&);
+  void (*pack_tokens)(const PackTokensArgs&);
+  void (*pack_rows)(const PackRowsArgs&);
   // (channels, area) filters -> DepthwiseArgs::taps, for all lines
   void (*pack_taps)(const char* source, DType type, int64_t channels, int64_t area, float* taps);
   void (*load)(const External& from, int64_t line, char* blocked_line);

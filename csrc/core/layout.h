@@ -1,5 +1,5 @@
-// Between the outside and the blocked layout: tensors of any strides, patches of images, packed matrices,
-// pooled means. One pass over memory each; 16 x 16 (8 x 8, 4 x 4) transpositions in registers where the
+// Between the outside and the layouts of kernels.h: tensors of any strides, patches of images, matrices,
+// filters, pooled means. One pass over memory each; 16 x 16 (8 x 8, 4 x 4) transpositions in registers where the
 // strides allow, element by element where they do not.
 #pragma once
 #include "kernels.h"
@@ -124,91 +124,46 @@ struct Layout {
 
   // ---- matrices ----
 
-  // kLanes elements of a matrix from (row, column); `composed` says whether there are coefficients.
   template <DType type, bool composed>
-  static SPIN_INLINE F combine(const PackArgs& a, int64_t row, int64_t column) {
-    const char* at = a.source + (row * a.columns + column) * size_of(type);
-    if constexpr (!composed) return V::load_as(at, type);
-    F sum = V::mul(V::set(a.coefficients[0]), V::load_as(at, type));
-    for (int64_t t = 1; t < a.templates; ++t) {
-      at += a.template_stride * size_of(type);
-      sum = V::fma(V::set(a.coefficients[t]), V::load_as(at, type), sum);
-    }
-    return sum;
-  }
-
-  static F combine_tail(const PackArgs& a, int64_t row, int64_t column) {  // fewer than kLanes columns are left
-    alignas(64) float values[kLanes] = {};
-    for (int64_t i = 0; column + i < a.columns; ++i) {
-      const int64_t at = row * a.columns + column + i;
-      float sum = 0;
-      for (int64_t t = 0; t < a.templates; ++t) {
-        const float value = load_scalar(a.source, a.type, at + t * a.template_stride);
-        sum = a.coefficients ? __builtin_fmaf(a.coefficients[t], value, sum) : value;
-      }
-      values[i] = sum;
-    }
-    return V::load(values);
-  }
-
-  // A line of units of one row; `inside` promises that all of it is there.
-  template <DType type, bool composed, bool inside>
-  static SPIN_INLINE F units(const PackArgs& a, int64_t row, int64_t first_column) {
-    if constexpr (inside && !composed && type == V::kChain) {
-      return V::load(a.source + (row * a.columns + first_column) * size_of(type));  // is in units already
-    }
-    F channels[V::kLineVectors];
-    for (int64_t v = 0; v < V::kLineVectors; ++v) {
-      const int64_t column = first_column + v * kLanes;
-      if (inside || (row < a.rows && column + kLanes <= a.columns)) {
-        channels[v] = combine<type, composed>(a, row, column);
-      } else {
-        channels[v] = row < a.rows && column < a.columns ? combine_tail(a, row, column) : V::zero();
-      }
-    }
-    return V::to_units(channels);
-  }
-
-  template <DType type, bool composed, bool inside>
-  static SPIN_INLINE void pack_block(const PackArgs& a, int64_t row, int64_t column, char* to) {
-    F block[kLanes];
-#pragma GCC unroll 16
-    for (int64_t r = 0; r < kLanes; ++r) {
-      block[r] = units<type, composed, inside>(a, row + r, column);
-    }
-    V::transpose(block);
-    const int64_t stride = a.vectors * kLanes * 4;
-#pragma GCC unroll 16
-    for (int64_t unit = 0; unit < kLanes; ++unit) V::store(to + unit * stride, block[unit]);
-  }
-
-  template <DType type, bool composed>
-  static void pack_panel_of(const PackArgs& a) {
-    const int64_t lines = ceil_div(a.columns, kLineChannels);
-    constexpr int64_t kUnitVectorBytes = kLanes * 4;
-    for (int64_t vector = 0; vector < a.vectors; ++vector) {
-      const int64_t row = a.first_row + vector * kLanes;
-      const int64_t inside = row + kLanes <= a.rows ? a.columns / kLineChannels : 0;
-      char* to = a.panel + vector * kUnitVectorBytes;
-      for (int64_t line = 0; line < lines; ++line, to += kLanes * a.vectors * kUnitVectorBytes) {
-        if (line < inside) {
-          pack_block<type, composed, true>(a, row, line * kLineChannels, to);
-        } else {
-          pack_block<type, composed, false>(a, row, line * kLineChannels, to);
+  static void pack_rows_of(const PackRowsArgs& a) {
+    constexpr int64_t kChainSize = kVectorBytes / kLanes;
+    for (int64_t row = 0; row < a.rows; ++row) {
+      const char* from = a.source + row * a.columns * size_of(type);
+      char* to = a.to + row * a.row_stride;
+      int64_t column = 0;
+      for (; column + kLanes <= a.columns; column += kLanes) {
+        const char* at = from + column * size_of(type);
+        F sum = V::load_as(at, type);
+        if constexpr (composed) {
+          sum = V::mul(V::set(a.coefficients[0]), sum);
+          for (int64_t t = 1; t < a.templates; ++t) {
+            at += a.template_stride * size_of(type);
+            sum = V::fma(V::set(a.coefficients[t]), V::load_as(at, type), sum);
+          }
         }
+        V::store_chain(to + column * kChainSize, sum);
       }
+      for (; column < a.columns; ++column) {
+        float sum = 0;
+        for (int64_t t = 0; t < a.templates; ++t) {
+          const float value = load_scalar(from, type, column + t * a.template_stride);
+          sum = composed ? __builtin_fmaf(a.coefficients[t], value, sum) : value;
+        }
+        store_scalar(to, V::kChain, column, sum);
+      }
+      for (; column * kChainSize < a.row_stride; ++column) store_scalar(to, V::kChain, column, 0.f);
     }
   }
 
-  static void pack_panel(const PackArgs& a) {
+  static void pack_rows(const PackRowsArgs& a) {
     const bool composed = a.coefficients != nullptr;
     switch (a.type) {
       case DType::kFloat32:
-        return composed ? pack_panel_of<DType::kFloat32, true>(a) : pack_panel_of<DType::kFloat32, false>(a);
+        return composed ? pack_rows_of<DType::kFloat32, true>(a) : pack_rows_of<DType::kFloat32, false>(a);
       case DType::kBFloat16:
-        return composed ? pack_panel_of<DType::kBFloat16, true>(a) : pack_panel_of<DType::kBFloat16, false>(a);
+        return composed ? pack_rows_of<DType::kBFloat16, true>(a) : pack_rows_of<DType::kBFloat16, false>(a);
       case DType::kFloat16:
-        return composed ? pack_panel_of<DType::kFloat16, true>(a) : pack_panel_of<DType::kFloat16, false>(a);
+        return composed ? pack_rows_of<DType::kFloat16, true>(a) : pack_rows_of<DType::kFloat16, false>(a);
     }
   }
 

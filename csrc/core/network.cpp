@@ -31,10 +31,9 @@ Network::Network(const Kernels& kernels, NetworkShape shape, int64_t slots)
   head_vectors_ = place(ends * 4 * padded(s.classes) * 4);
 }
 
-int64_t Network::vectors(int64_t channels) const { return padded(channels) / kernels_->lanes; }
-
-int64_t Network::matrix_bytes(int64_t inputs, int64_t outputs) const {
-  return lines(inputs) * kernels_->units_per_line * 4 * padded(outputs);
+int64_t Network::row_stride(int64_t inputs) const {
+  const int64_t bytes = round_up(inputs * size_of(kernels_->chain), kCacheLine);
+  return bytes;
 }
 
 // ---- packing ----
@@ -71,6 +70,11 @@ void Network::pack_parameters(const MixerWeights& w, int64_t item) const {
     return;
   }
   const int64_t d = item - shape_.filters;
+  if (d >= shape_.depth) {
+    const int64_t matrix = d - shape_.depth;
+    return copy_vector(offset(w.pw_bias, w.type, matrix * channels), w.type, channels, 0.f, stride,
+                       floats(pw_bias_) + matrix * stride);
+  }
   for (int64_t i = 2 * d; i < 2 * d + 2; ++i) {
     copy_vector(w.dw_affine + i * channels, channels, 0.f, stride, floats(dw_affine_) + i * stride);
     copy_vector(w.pw_affine + i * channels, channels, 0.f, stride, floats(pw_affine_) + i * stride);
@@ -78,24 +82,19 @@ void Network::pack_parameters(const MixerWeights& w, int64_t item) const {
   copy_vector(offset(w.pw_gain, d * channels), channels, 1.f, stride, floats(pw_gain_) + d * stride);
 }
 
-void Network::pack_matrix_panel(const MixerWeights& w, int64_t matrix, int64_t slot, int64_t panel) const {
-  const int64_t channels = shape_.channels, size = channels * channels;
-  if (panel == 0) {
-    copy_vector(offset(w.pw_bias, w.type, matrix * channels), w.type, channels, 0.f, padded(channels),
-                floats(pw_bias_) + matrix * padded(channels));
-  }
-  const int64_t begin = panel_begin(panel, channels), end = panel_begin(panel + 1, channels);
-  kernels_->pack_panel({
-      .source = w.pw_coefficients ? w.pw_weight : offset(w.pw_weight, w.type, matrix * size),
+void Network::pack_rows(const MixerWeights& w, int64_t matrix, int64_t slot, int64_t vector) const {
+  const int64_t channels = shape_.channels, first = vector * kernels_->lanes, stride = row_stride(channels);
+  const bool composed = w.pw_coefficients != nullptr;
+  kernels_->pack_rows({
+      .source = offset(w.pw_weight, w.type, ((composed ? 0 : matrix) * channels + first) * channels),
       .type = w.type,
-      .templates = w.pw_coefficients ? w.templates : 1,
-      .template_stride = size,
-      .coefficients = w.pw_coefficients ? w.pw_coefficients + matrix * w.templates : nullptr,
-      .rows = channels,
+      .templates = composed ? w.templates : 1,
+      .template_stride = channels * channels,
+      .coefficients = composed ? w.pw_coefficients + matrix * w.templates : nullptr,
+      .rows = std::min(kernels_->lanes, channels - first),
       .columns = channels,
-      .first_row = begin * kernels_->lanes,
-      .vectors = end - begin,
-      .panel = at(matrices_) + slot * matrix_bytes(channels, channels) + panel_offset(panel, channels, channels),
+      .to = at(matrices_) + (slot * channels + first) * stride,
+      .row_stride = stride,
   });
 }
 
@@ -114,21 +113,17 @@ void Network::pack_ends(const EndWeights& w) const {
     copy_vector(nullptr, end.outputs, 1.f, stride, to + stride);
     copy_vector(end.affine, end.outputs, 1.f, stride, to + 2 * stride);
     copy_vector(offset(end.affine, end.outputs), end.outputs, 0.f, stride, to + 3 * stride);
-    for (int64_t panel = 0; panel < panels(end.outputs); ++panel) {
-      const int64_t begin = panel_begin(panel, end.outputs);
-      kernels_->pack_panel({
-          .source = end.weight,
-          .type = shape_.type,
-          .templates = 1,
-          .template_stride = 0,
-          .coefficients = nullptr,
-          .rows = end.outputs,
-          .columns = end.inputs,
-          .first_row = begin * kernels_->lanes,
-          .vectors = panel_begin(panel + 1, end.outputs) - begin,
-          .panel = at(end.matrix) + panel_offset(panel, end.inputs, end.outputs),
-      });
-    }
+    kernels_->pack_rows({
+        .source = end.weight,
+        .type = shape_.type,
+        .templates = 1,
+        .template_stride = 0,
+        .coefficients = nullptr,
+        .rows = end.outputs,
+        .columns = end.inputs,
+        .to = at(end.matrix),
+        .row_stride = row_stride(end.inputs),
+    });
   }
 }
 
@@ -144,6 +139,7 @@ Network::Depthwise Network::depthwise(int64_t block, int64_t line) const {
 Pointwise Network::pointwise(int64_t block, int64_t slot) const {
   const int64_t channels = shape_.channels, stride = padded(channels);
   return {at(matrices_) + slot * matrix_bytes(channels, channels),
+          row_stride(channels),
           channels,
           channels,
           floats(pw_bias_) + shape_.pw_index[block] * stride,
@@ -152,16 +148,30 @@ Pointwise Network::pointwise(int64_t block, int64_t slot) const {
           floats(pw_affine_) + (2 * block + 1) * stride};
 }
 
+Pointwise Network::pointwise(int64_t block, const MixerWeights& w) const {
+  Pointwise p = pointwise(block, 0);
+  p.row_stride = shape_.channels * size_of(w.type);
+  p.rows = w.pw_weight + shape_.pw_index[block] * shape_.channels * p.row_stride;
+  return p;
+}
+
+bool Network::reads(const MixerWeights& w) const {
+  const int64_t unit_channels = kernels_->line_channels / kernels_->lanes;
+  return w.type == kernels_->chain && shape_.channels % unit_channels == 0;
+}
+
 Pointwise Network::stem() const {
   const int64_t stride = padded(shape_.channels);
   const float* v = floats(stem_vectors_);
-  return {at(stem_), patch_inputs(), shape_.channels, v, v + stride, v + 2 * stride, v + 3 * stride};
+  return {at(stem_),     row_stride(patch_inputs()), patch_inputs(), shape_.channels, v, v + stride, v + 2 * stride,
+          v + 3 * stride};
 }
 
 Pointwise Network::head() const {
   const int64_t stride = padded(shape_.classes);
   const float* v = floats(head_vectors_);
-  return {at(head_), shape_.channels, shape_.classes, v, v + stride, v + 2 * stride, v + 3 * stride};
+  return {at(head_),     row_stride(shape_.channels), shape_.channels, shape_.classes, v, v + stride, v + 2 * stride,
+          v + 3 * stride};
 }
 
 // ---- blobs ----
@@ -177,7 +187,7 @@ struct BlobHeader {
   int64_t activation, pw_residual, type;
   // followed by dw_index, pw_index
 };
-constexpr char kMagic[8] = {'S', 'P', 'I', 'N', 'P', 'K', '0', '1'};
+constexpr char kMagic[8] = {'S', 'P', 'I', 'N', 'P', 'K', '0', '2'};
 
 int64_t header_bytes(int64_t depth) { return round_up(int64_t(sizeof(BlobHeader)) + 2 * depth * 8, kCacheLine); }
 

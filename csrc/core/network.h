@@ -39,9 +39,10 @@ struct EndWeights {
   const char *head_weight, *head_bias;
 };
 
-// A matrix in panels with the four vectors of its epilogue.
+// A matrix with the four vectors of its epilogue.
 struct Pointwise {
-  const char* panels;
+  const char* rows;
+  int64_t row_stride;  // bytes
   int64_t input_channels, output_channels;
   const float *bias, *gain, *scale, *shift;
 };
@@ -54,26 +55,19 @@ class Network {
   const Kernels& kernels() const { return *kernels_; }
   const NetworkShape& shape() const { return shape_; }
   int64_t bytes() const { return bytes_; }
-  int64_t matrix_bytes(int64_t inputs, int64_t outputs) const;
-  int64_t vectors(int64_t channels) const;  // of a padded line
+  int64_t row_stride(int64_t inputs) const;
+  int64_t matrix_bytes(int64_t inputs, int64_t outputs) const { return outputs * row_stride(inputs); }
   int64_t lines(int64_t channels) const { return ceil_div(channels, kernels_->line_channels); }
-  int64_t panels(int64_t channels) const { return ceil_div(vectors(channels), kernels_->panel_vectors); }
+  int64_t vectors(int64_t channels) const { return ceil_div(channels, kernels_->lanes); }
   int64_t patch_inputs() const { return shape_.in_channels * shape_.patch * shape_.patch; }
-
-  // The first vector of a panel; panel == panels(channels) gives the end. Vectors are dealt out evenly.
-  int64_t panel_begin(int64_t panel, int64_t channels) const { return panel * vectors(channels) / panels(channels); }
-  // Bytes of the panels before this one.
-  int64_t panel_offset(int64_t panel, int64_t inputs, int64_t outputs) const {
-    return panel_begin(panel, outputs) * matrix_bytes(inputs, outputs) / vectors(outputs);
-  }
 
   // `memory`: bytes() of it, 64-byte aligned; outlives the network's use.
   void bind(char* memory) { memory_ = memory; }
 
-  // Packing, in independent items.
-  int64_t parameter_items() const { return shape_.filters + shape_.depth; }
+  // Packing, in independent items: everything but the matrices, and a matrix by vectors of output channels.
+  int64_t parameter_items() const { return shape_.filters + shape_.depth + shape_.matrices; }
   void pack_parameters(const MixerWeights& weights, int64_t item) const;
-  void pack_matrix_panel(const MixerWeights& weights, int64_t matrix, int64_t slot, int64_t panel) const;
+  void pack_rows(const MixerWeights& weights, int64_t matrix, int64_t slot, int64_t vector) const;
   void pack_ends(const EndWeights& weights) const;
 
   // Reading.
@@ -82,6 +76,10 @@ class Network {
   };
   Depthwise depthwise(int64_t block, int64_t line) const;
   Pointwise pointwise(int64_t block, int64_t slot) const;
+  // The same with the plain matrix itself.
+  Pointwise pointwise(int64_t block, const MixerWeights& weights) const;
+  // Whether products can read plain matrices where they are: in the element type of the chain, rows of whole units.
+  bool reads(const MixerWeights& weights) const;
   Pointwise stem() const;
   Pointwise head() const;
 

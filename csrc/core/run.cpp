@@ -2,21 +2,24 @@
 //
 //     depthwise: rows of x (and the halo rows around them) -> band of y       pointwise: band of y -> rows of x
 //
-// The band of y is the thread's own and stays in its L2. A small image is one band, and x is overwritten in
-// place; with several bands x alternates between two buffers, because the neighbours still read the old one.
+// The band of y is the thread's own and stays in its L2, in the panels that the product reads; the depthwise
+// hands it over line by line. A small image is one band, and x is overwritten in place; with several bands x
+// alternates between two buffers, because the neighbours still read the old one.
 //
 //  - A batch: every thread takes an image at a time through all blocks; nothing waits for anything.
 //  - Images left over (fewer than threads): the threads share one image, a band each, a phase per block.
 //  - Large images: as many bands as it takes for y to fit.
 //
-// Plain weights are packed segment by segment (plan_packing), so that the packed matrices stay few and warm.
+// Plain matrices are read where they are; of another element type than the chain's, a vector of rows is
+// converted right before its use. Compositions are summed once for all blocks that share one, segment by
+// segment (plan_packing), so that those in use stay few and warm.
 //
 // Two alternatives for sharing one image:
-//  - Panels: a thread computes some output channels of all tokens. Then every core reads the half of y that
+//  - Channels: a thread computes some output channels of all tokens. Then every core reads the half of y that
 //    the other one has just written, through the other's cache, twice per block a barrier; bands exchange
 //    halo rows only, but every core streams the whole matrix. Two cores of an Emerald Rapids, batch 1, best
-//    of three runs in turns: 256/8 k5 0.92 (panels) against 0.81 ms (bands), 1024/20 k9 32.2 against 30.0,
-//    768/32 k3 level. Panels would win where cores outnumber the rows.
+//    of three runs in turns: 256/8 k5 0.92 (channels) against 0.81 ms (bands), 1024/20 k9 32.2 against 30.0,
+//    768/32 k3 level. Channels would win where cores outnumber the rows.
 //  - One kernel over the whole batch before the next: activations then leave the caches between kernels.
 // Fusing the pointwise with the next depthwise gains nothing while both passes hit the caches.
 #include "run.h"
@@ -29,10 +32,10 @@
 namespace spin {
 namespace {
 
-// Both measured (best calls): at 32 x 32 tokens of 1024 channels, batch 2, bands of 0.6, 1.1, 2 and 5 MB take 264, 262,
-// 268 and 312 ms; packing 4, 16 and 128 MB ahead at batch 8 costs 1024/20 0, 5 and 9 %, 768/32 -3, 4 and 2 %.
-constexpr int64_t kBandBytes = 9 << 17;    // of y: what one core's L2 holds beside the panels
-constexpr int64_t kPackedBytes = 4 << 20;  // of matrices that are packed ahead of their use
+// Measured (best calls): at 32 x 32 tokens of 1024 channels, batch 2, bands of 0.6, 1.1, 2 and 5 MB take 264, 262,
+// 268 and 312 ms.
+constexpr int64_t kBandBytes = 9 << 17;    // of y: what one core's L2 holds beside the rows of weights
+constexpr int64_t kPackedBytes = 4 << 20;  // of compositions that are summed ahead of their use
 constexpr double kFlopsPerThread = 2e6;    // below this a second thread costs more than it brings
 
 // What happens to an image, one step after the other. Items of a step are independent of each other.
@@ -58,10 +61,11 @@ class Runner {
         plan_(std::move(plan)),
         batch_(batch),
         parallel_(parallel) {
+    plain_ = weights_ && !weights_->pw_coefficients;
+    converted_ = plain_ && !net_.reads(*weights_);
     height_ = shape_.whole() ? grid(batch.input.height) : batch.input.height;
     width_ = shape_.whole() ? grid(batch.input.width) : batch.input.width;
     lines_ = net_.lines(shape_.channels);
-    input_lines_ = shape_.whole() ? std::max(lines_, net_.lines(net_.patch_inputs())) : lines_;
     plane_bytes_ = height_ * width_ * k_.line_bytes;
     const double flops = 2.0 * batch.size * shape_.depth * height_ * width_ * shape_.channels * shape_.channels;
     threads_ = int(std::clamp(flops / kFlopsPerThread, 1.0, double(parallel.threads)));
@@ -132,13 +136,19 @@ class Runner {
   int64_t measure(int64_t places) {
     x_bytes_ = lines_ * plane_bytes_;
     x_count_ = bands_ > 1 ? 2 : 1;
-    y_bytes_ = input_lines_ * ceil_div(height_, bands_) * width_ * k_.line_bytes;
+    const int64_t tokens = ceil_div(height_, bands_) * width_, images = shape_.whole() ? batch_.size : 0;
+    const int64_t patch_lines = shape_.whole() ? net_.lines(net_.patch_inputs()) : 0;
+    y_bytes_ = std::max(shape_.pw_residual ? lines_ : 1, patch_lines) * tokens * k_.line_bytes;
+    panels_bytes_ =
+        std::max(std::max(lines_, patch_lines) * round_up(tokens, k_.lanes), lines_ * round_up(images, k_.lanes)) *
+        k_.line_bytes;
     scratch_bytes_ = round_up(k_.depthwise_scratch(height_, width_, shape_.kernel_size) * 4, kCacheLine);
+    rows_bytes_ = converted_ ? k_.lanes * net_.row_stride(shape_.channels) : 0;
     packed_bytes_ = weights_ ? round_up(net_.bytes(), kCacheLine) : 0;
     pooled_bytes_ = shape_.whole() ? lines_ * batch_.size * k_.line_bytes : 0;
     logits_bytes_ = shape_.whole() ? net_.lines(shape_.classes) * batch_.size * k_.line_bytes : 0;
-    return packed_bytes_ + places * x_count_ * x_bytes_ + threads_ * (y_bytes_ + scratch_bytes_) + pooled_bytes_ +
-           logits_bytes_;
+    return packed_bytes_ + places * x_count_ * x_bytes_ +
+           threads_ * (y_bytes_ + panels_bytes_ + rows_bytes_ + scratch_bytes_) + pooled_bytes_ + logits_bytes_;
   }
 
   void place(char* memory, int64_t places) {
@@ -147,6 +157,8 @@ class Runner {
     if (weights_) net_.bind(packed);
     x_ = take(places * x_count_ * x_bytes_);
     y_ = take(threads_ * y_bytes_);
+    panels_ = take(threads_ * panels_bytes_);
+    rows_ = take(threads_ * rows_bytes_);
     scratch_ = take(threads_ * scratch_bytes_);
     pooled_ = take(pooled_bytes_);
     logits_ = take(logits_bytes_);
@@ -156,11 +168,11 @@ class Runner {
 
   void pack(Team& team, int thread, int64_t phase, const Segment& segment) const {
     const int64_t parameters = segment.first_block == 0 ? net_.parameter_items() : 0;
-    const int64_t panels = net_.panels(shape_.channels);
-    team.phase(thread, phase, parameters + int64_t(segment.packings.size()) * panels, [&](int64_t item) {
+    const int64_t vectors = net_.vectors(shape_.channels);
+    team.phase(thread, phase, parameters + int64_t(segment.packings.size()) * vectors, [&](int64_t item) {
       if (item < parameters) return net_.pack_parameters(*weights_, item);
-      const Segment::Packing& p = segment.packings[(item - parameters) / panels];
-      net_.pack_matrix_panel(*weights_, p.matrix, p.slot, (item - parameters) % panels);
+      const Segment::Packing& p = segment.packings[(item - parameters) / vectors];
+      net_.pack_rows(*weights_, p.matrix, p.slot, (item - parameters) % vectors);
     });
   }
 
@@ -195,68 +207,87 @@ class Runner {
 
   void embed(int64_t item, const Image& image, int thread) const {
     const Band band = this->band(item);
-    char* patches = y_ + thread * y_bytes_;
+    char *patches = y_ + thread * y_bytes_, *panels = panels_ + thread * panels_bytes_;
     k_.load_patches({input(image.index), shape_.patch, shape_.patch_stride, shape_.patch_padding, width_,
                      band.first_row, band.last_row, patches, band.bytes});
+    const int64_t lines = net_.lines(net_.patch_inputs());
+    for (int64_t line = 0; line < lines; ++line) {
+      k_.pack_tokens({patches + line * band.bytes, band.tokens, line, lines, panels});
+    }
     const Pointwise stem = net_.stem();
-    product(stem, stem.panels, band, patches, nullptr, image.x[0] + band.offset);
+    product(stem, stem, {panels, band.tokens, nullptr, 0, image.x[0] + band.offset, plane_bytes_, shape_.activation},
+            thread);
   }
 
   void block(int64_t d, int64_t item, const Image& image, int thread) const {
     const Band band = this->band(item);
     const char* x = image.x[d & 1];
-    char* y = y_ + thread * y_bytes_;
+    char *y = y_ + thread * y_bytes_, *panels = panels_ + thread * panels_bytes_;
     float* scratch = reinterpret_cast<float*>(scratch_ + thread * scratch_bytes_);
     for (int64_t line = 0; line < lines_; ++line) {
       const Network::Depthwise w = net_.depthwise(d, line);
-      k_.depthwise({x + line * plane_bytes_, y + line * band.bytes, height_, width_, shape_.kernel_size, band.first_row,
-                    band.last_row, w.taps, w.bias, w.scale, w.shift, shape_.activation, scratch});
+      char* y_line = shape_.pw_residual ? y + line * band.bytes : y;  // only the residual reads it again
+      k_.depthwise({x + line * plane_bytes_, y_line, height_, width_, shape_.kernel_size, band.first_row, band.last_row,
+                    w.taps, w.bias, w.scale, w.shift, shape_.activation, scratch});
+      k_.pack_tokens({y_line, band.tokens, line, lines_, panels});
     }
-    const int64_t next = std::min(d + 1, shape_.depth - 1);
-    product(net_.pointwise(d, plan_.slot_of_block[d]), net_.pointwise(next, plan_.slot_of_block[next]).panels, band, y,
-            shape_.pw_residual ? y : nullptr, image.x[(d + 1) & 1] + band.offset);
+    product(pointwise(d), pointwise(std::min(d + 1, shape_.depth - 1)),
+            {panels, band.tokens, shape_.pw_residual ? y : nullptr, band.bytes, image.x[(d + 1) & 1] + band.offset,
+             plane_bytes_, shape_.activation},
+            thread);
   }
 
-  // All panels of a matrix on a band; `next_panels` is what this thread reads after it.
-  void product(const Pointwise& w, const char* next_panels, const Band& band, const char* in, const char* residual,
-               char* out) const {
-    for (int64_t panel = 0; panel < net_.panels(w.output_channels); ++panel) {
-      run_panel(w, next_panels, panel, {in, band.bytes, residual, out, plane_bytes_, band.tokens, shape_.activation});
-    }
+  Pointwise pointwise(int64_t d) const {
+    return plain_ ? net_.pointwise(d, *weights_) : net_.pointwise(d, plan_.slot_of_block[d]);
   }
 
   struct Operands {
-    const char* in;
-    int64_t in_stride;
+    const char* panels;
+    int64_t tokens;
     const char* residual;
+    int64_t residual_stride;
     char* out;
-    int64_t out_stride, tokens;
+    int64_t out_stride;
     Activation activation;
   };
-  void run_panel(const Pointwise& w, const char* next_panels, int64_t panel, const Operands& o) const {
-    auto offset = [&](int64_t panel) { return net_.panel_offset(panel, w.input_channels, w.output_channels); };
-    const int64_t begin = net_.panel_begin(panel, w.output_channels), channel = begin * k_.lanes;
-    const bool last = panel + 1 == net_.panels(w.output_channels);
-    const int64_t next = last ? 0 : panel + 1;
+
+  // All rows of a matrix; `next` is the one that this thread reads after it.
+  void product(const Pointwise& w, const Pointwise& next, const Operands& o, int thread) const {
+    for (int64_t vector = 0; vector < net_.vectors(w.output_channels); ++vector) run_vector(w, next, vector, o, thread);
+  }
+
+  void run_vector(const Pointwise& w, const Pointwise& next, int64_t vector, const Operands& o, int thread) const {
+    const int64_t channel = vector * k_.lanes, after = channel + k_.lanes;
+    const bool last = after >= w.output_channels;
+    const Pointwise& ahead = last ? next : w;
+    const int64_t first_ahead = last ? 0 : after, rows = std::min(k_.lanes, w.output_channels - channel);
+    const char* weights = w.rows + channel * w.row_stride;
+    int64_t row_stride = w.row_stride;
+    if (converted_) {
+      char* to = rows_ + thread * rows_bytes_;
+      row_stride = net_.row_stride(w.input_channels);
+      k_.pack_rows({weights, weights_->type, 1, 0, nullptr, rows, w.input_channels, to, row_stride});
+      weights = to;
+    }
     k_.product({
-        .input = o.in,
+        .panels = o.panels,
         .input_channels = w.input_channels,
-        .input_stride = o.in_stride,
-        .panel = w.panels + offset(panel),
-        .vectors = net_.panel_begin(panel + 1, w.output_channels) - begin,
-        .first_vector = begin,
+        .weights = weights,
+        .row_stride = row_stride,
+        .output_channels = rows,
+        .first_vector = vector,
         .bias = w.bias + channel,
         .gain = w.gain + channel,
         .scale = w.scale + channel,
         .shift = w.shift + channel,
         .residual = o.residual,
-        .residual_stride = o.in_stride,
+        .residual_stride = o.residual_stride,
         .output = o.out,
         .output_stride = o.out_stride,
         .tokens = o.tokens,
         .activation = o.activation,
-        .prefetch = (last ? next_panels : w.panels) + offset(next),
-        .prefetch_bytes = offset(next + 1) - offset(next),
+        .prefetch = ahead.rows + first_ahead * ahead.row_stride,
+        .prefetch_bytes = std::min(k_.lanes, ahead.output_channels - first_ahead) * ahead.row_stride,
     });
   }
 
@@ -264,8 +295,12 @@ class Runner {
   void classify(Team& team, int thread, int64_t phase) const {
     const Pointwise w = net_.head();
     const int64_t stride = batch_.size * k_.line_bytes;
-    team.phase(thread, phase, net_.panels(shape_.classes), [&](int64_t panel) {
-      run_panel(w, w.panels, panel, {pooled_, stride, nullptr, logits_, stride, batch_.size, Activation::kIdentity});
+    char* panels = panels_ + thread * panels_bytes_;
+    for (int64_t line = 0; line < lines_; ++line) {
+      k_.pack_tokens({pooled_ + line * stride, batch_.size, line, lines_, panels});
+    }
+    team.phase(thread, phase, net_.vectors(shape_.classes), [&](int64_t vector) {
+      run_vector(w, w, vector, {panels, batch_.size, nullptr, 0, logits_, stride, Activation::kIdentity}, thread);
     });
     External to = batch_.output;
     to.channels = shape_.classes, to.height = 1, to.width = batch_.size;
@@ -292,11 +327,14 @@ class Runner {
   const PackingPlan plan_;
   const Batch& batch_;
   const Parallel& parallel_;
-  int64_t height_, width_, lines_, input_lines_, bands_, single_images_;
+  int64_t height_, width_, lines_, bands_, single_images_;
   int threads_;
-  int64_t plane_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0, packed_bytes_ = 0;
+  bool plain_, converted_;  // matrices are read where they are; and are of another type
+  int64_t plane_bytes_ = 0, panels_bytes_ = 0, rows_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0,
+          scratch_bytes_ = 0, packed_bytes_ = 0;
   int64_t pooled_bytes_ = 0, logits_bytes_ = 0;
-  char *x_ = nullptr, *y_ = nullptr, *scratch_ = nullptr, *pooled_ = nullptr, *logits_ = nullptr;
+  char *x_ = nullptr, *y_ = nullptr, *panels_ = nullptr, *rows_ = nullptr, *scratch_ = nullptr, *pooled_ = nullptr,
+       *logits_ = nullptr;
 };
 
 }  // namespace
@@ -342,8 +380,12 @@ void run_packed(Network& network, const Batch& batch, const Parallel& parallel) 
 void run_unpacked(const Kernels& kernels, NetworkShape shape, const MixerWeights& weights, const Batch& batch,
                   const Parallel& parallel) {
   if (batch.size == 0) return;
-  const int64_t bytes = Network(kernels, shape, 0).matrix_bytes(shape.channels, shape.channels);
-  PackingPlan plan = plan_packing(shape.pw_index, std::max<int64_t>(kPackedBytes / bytes, 1));
+  const Network measure(kernels, shape, 0);
+  PackingPlan plan{{{0, shape.depth, {}}}, std::vector<int64_t>(shape.depth, 0), 0};
+  if (weights.pw_coefficients) {
+    plan = plan_packing(shape.pw_index,
+                        std::max<int64_t>(kPackedBytes / measure.matrix_bytes(shape.channels, shape.channels), 1));
+  }
   Network network(kernels, std::move(shape), plan.slots);
   Runner(network, &weights, std::move(plan), batch, parallel)();
 }

@@ -16,12 +16,13 @@ struct Batch {
 // A network whose matrices are all packed (slots = matrices).
 void run_packed(Network& network, const Batch& batch, const Parallel& parallel);
 
-// Plain weights, packed on the way: each distinct matrix once, however many blocks share it.
+// Weights as the caller has them: plain matrices are read there, each composition is summed once, however many
+// blocks share it.
 void run_unpacked(const Kernels& kernels, NetworkShape shape, const MixerWeights& weights, const Batch& batch,
                   const Parallel& parallel);
 
-// How a call packs and where the packed matrices live (for tests): the blocks in segments. Before
-// a segment its new matrices are packed; inside it images proceed independently. A slot is used again once
+// When a call sums compositions and where they live (for tests): the blocks in segments. Before
+// a segment its new matrices are made; inside it images proceed independently. A slot is used again once
 // no later block needs its matrix.
 struct Segment {
   struct Packing {

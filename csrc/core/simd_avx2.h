@@ -10,7 +10,7 @@ struct Avx2 {
   using F = __m256;
   static constexpr int kLanes = 8;
   static constexpr int kPanelVectors = 2;
-  static constexpr int kTileTokens = 6;  // 12 accumulators + 2 weights + 1 broadcast
+  static constexpr int kTileRows = 6;  // 12 accumulators + 2 inputs + 1 broadcast
   static constexpr int kRowColumns = 8;
   static constexpr int kLineVectors = 1;
   static constexpr DType kChain = DType::kFloat32;

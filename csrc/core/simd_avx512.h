@@ -1,4 +1,4 @@
-// AVX-512: 16 float lanes, 32 registers. Register tile of the product: 8 tokens x 48 channels.
+// AVX-512: 16 float lanes, 32 registers. Register tile of the product: 8 rows x 48 tokens.
 #pragma once
 #include <immintrin.h>
 
@@ -10,7 +10,7 @@ struct Avx512 {
   using F = __m512;
   static constexpr int kLanes = 16;
   static constexpr int kPanelVectors = 3;
-  static constexpr int kTileTokens = 8;   // 24 accumulators + 3 weights + broadcasts
+  static constexpr int kTileRows = 8;     // 24 accumulators + 3 inputs + broadcasts
   static constexpr int kRowColumns = 16;  // outputs of a depthwise row held in registers
   static constexpr int kLineVectors = 1;
   static constexpr DType kChain = DType::kFloat32;

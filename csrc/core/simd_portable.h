@@ -9,7 +9,7 @@ struct Portable {
   using I = int32_t __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
   static constexpr int kPanelVectors = 2;
-  static constexpr int kTileTokens = 4;
+  static constexpr int kTileRows = 4;
   static constexpr int kRowColumns = 8;
   static constexpr int kLineVectors = 1;
   static constexpr DType kChain = DType::kFloat32;

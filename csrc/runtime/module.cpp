@@ -127,8 +127,7 @@ py::array mixer(const py::array& x, const py::array& dw_weight, const std::optio
   network.bind(memory.data());
   for (int64_t item = 0; item < network.parameter_items(); ++item) network.pack_parameters(weights, item);
   for (int64_t matrix = 0; matrix < s.matrices; ++matrix) {
-    for (int64_t panel = 0; panel < network.panels(C); ++panel)
-      network.pack_matrix_panel(weights, matrix, matrix, panel);
+    for (int64_t vector = 0; vector < network.vectors(C); ++vector) network.pack_rows(weights, matrix, matrix, vector);
   }
   run_packed(network, batch, parallel);
   return y;

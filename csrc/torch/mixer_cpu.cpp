@@ -193,14 +193,14 @@ Tensor pack(const Tensor& like, NetworkShape shape, const MixerWeights& weights,
   write_blob_header(network, data);
   network.bind(data + bytes - network.bytes());
   if (ends) network.pack_ends(*ends);
-  const int64_t parameters = network.parameter_items(), panels = network.panels(network.shape().channels);
-  torch::stable::parallel_for(0, parameters + matrices * panels, 1, [&](int64_t first, int64_t last) {
+  const int64_t parameters = network.parameter_items(), vectors = network.vectors(network.shape().channels);
+  torch::stable::parallel_for(0, parameters + matrices * vectors, 1, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       if (item < parameters) {
         network.pack_parameters(weights, item);
       } else {
-        const int64_t matrix = (item - parameters) / panels;
-        network.pack_matrix_panel(weights, matrix, matrix, (item - parameters) % panels);
+        const int64_t matrix = (item - parameters) / vectors;
+        network.pack_rows(weights, matrix, matrix, (item - parameters) % vectors);
       }
     }
   });
