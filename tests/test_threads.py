@@ -46,8 +46,11 @@ def frozen_network_call(batch: int, dim: int, kernel: int, size: int, dtype: tor
     return lambda: model(image)
 
 
-# Enough work for two threads and more, in batches that give every thread images of its own, leave one over, or are one.
-SHAPES = [(batch, 96, kernel, 17) for batch in (1, 2, 3, 8) for kernel in (3, 11)] + [(1, 600, 3, 2)]
+# Enough work for two threads and more, in batches that give every thread images of its own, leave one over, or are one;
+# images so small that several go together, in groups of equal and of unequal size, shared by the threads and not; and
+# matrices so large that compositions come in segments.
+SHAPES = [(batch, 96, kernel, 17) for batch in (1, 2, 3, 8) for kernel in (3, 11)]
+SHAPES += [(9, 160, 3, 7), (6, 160, 11, 4), (1, 600, 3, 2), (3, 600, 3, 2)]
 
 
 def make_calls(dtype: torch.dtype) -> dict[str, Call]:
@@ -55,7 +58,9 @@ def make_calls(dtype: torch.dtype) -> dict[str, Call]:
     for batch, dim, kernel, size in SHAPES:
         shape = {"batch": batch, "channels": dim, "height": size, "width": size, "kernel": kernel, "dtype": dtype}
         calls[f"op {batch} {dim} {kernel}"] = op_call(**shape)
-        calls[f"op with templates {batch} {dim} {kernel}"] = op_call(**shape, templates=3, gain=True, pw_residual=True)
+        calls[f"op with templates {batch} {dim} {kernel}"] = op_call(
+            **shape, matrices=3, templates=3, gain=True, pw_residual=True
+        )
         calls[f"frozen mixer {batch} {dim} {kernel}"] = frozen_mixer_call(batch, dim, kernel, size, dtype)
         calls[f"frozen network {batch} {dim} {kernel}"] = frozen_network_call(batch, dim, kernel, size, dtype)
     return calls
@@ -78,10 +83,21 @@ def test_same_bits_at_any_thread_count_and_from_run_to_run(dtype: torch.dtype) -
     one = results(calls)
     assert all(result.isfinite().all() for result in one.values())
     assert_same(results(calls), one, "run to run")
-    for threads in (2, 5):
+    for threads in (2, 4, 5):
         torch.set_num_threads(threads)
         for _ in range(2):
             assert_same(results(calls), one, f"{threads} threads")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "size"), [(9, 7), (7, 3), (3, 11), (5, 16)])
+def test_an_image_does_not_see_its_batch(batch: int, size: int, dtype: torch.dtype) -> None:
+    shape = {"channels": 144, "height": size, "width": size, "kernel": 5, "dtype": dtype}
+    arguments = mixer_arguments(batch=batch, **shape, pw_residual=True)
+    expected = torch.cat([BLOCK(**{**arguments, "x": image}) for image in arguments["x"].split(1)])
+    for threads in (1, 2, 4):
+        torch.set_num_threads(threads)
+        assert torch.equal(BLOCK(**arguments), expected), f"{threads} threads"
 
 
 @pytest.mark.parametrize("threads", [1, 2])

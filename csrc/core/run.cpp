@@ -1,27 +1,32 @@
-// The schedule. A block is two kernels over one blocked layout, on a band of rows of one image:
+// The schedule. A block is two kernels over one blocked layout:
 //
-//     depthwise: rows of x (and the halo rows around them) -> band of y       pointwise: band of y -> rows of x
+//     depthwise: a line of x -> the same line of y, and from there into the panels that the product reads
+//     pointwise: all panels -> a line of x
 //
-// The band of y is the thread's own and stays in its L2, in the panels that the product reads; the depthwise
-// hands it over line by line. A small image is one band, and x is overwritten in place; with several bands x
-// alternates between two buffers, because the neighbours still read the old one.
+// y stays in the L2 of the thread that uses it. Images are taken in groups, as many as it takes to fill the vectors
+// of tokens and to read a matrix for 256 of them (four images of 7 x 7, one of 16 x 16); their planes lie side by side
+// in a line, so that a product sees one long row of tokens.
 //
-//  - A batch: every thread takes an image at a time through all blocks; nothing waits for anything.
-//  - Images left over (fewer than threads): the threads share one image, a band each, a phase per block.
-//  - Large images: as many bands as it takes for y to fit.
+//  - A batch: every thread takes a group at a time through all blocks; nothing waits for anything.
+//  - Groups left over (fewer than threads): the threads share one group, a line each, a phase per block: the pointwise
+//    of block d for a line, then the depthwise of block d + 1 for the same line, which needs no other. The two
+//    kinds of panels alternate, so that one barrier per block is enough.
+//  - Images too large for their y to stay in L2: bands of rows, one after the other or shared. x alternates between two
+//    buffers then, because the neighbours still read the old one. A shared image whose matrices are small
+//    is cut into bands too, if that costs no vectors of tokens.
 //
 // Plain matrices are read where they are; of another element type than the chain's, a vector of rows is
 // converted right before its use. Compositions are summed once for all blocks that share one, segment by
 // segment (plan_packing), so that those in use stay few and warm.
 //
 // Two alternatives for sharing one image:
-//  - Channels: a thread computes some output channels of all tokens. Then every core reads the half of y that
-//    the other one has just written, through the other's cache, twice per block a barrier; bands exchange
-//    halo rows only, but every core streams the whole matrix. Two cores of an Emerald Rapids, batch 1, best
-//    of three runs in turns: 256/8 k5 0.92 (channels) against 0.81 ms (bands), 1024/20 k9 32.2 against 30.0,
-//    768/32 k3 level. Channels would win where cores outnumber the rows.
+//  - A band of rows each, whatever the size: no core reads what another one has computed but halo rows, yet every core
+//    streams the whole matrix and the vectors of tokens are cut once more (14 x 14: 2 x 7 instead of 13). Two cores of
+//    an Emerald Rapids, batch 1, in turns, time by bands / by lines: 1024 k9 1.07, 768 k3 1.00, 512 k5 0.97, 256 k5
+//    0.94, 128 k5 0.83; at 14 x 14 tokens 1024 1.17 to 1.29, 768 1.18 to 1.26, 256 1.03 to 1.07.
 //  - One kernel over the whole batch before the next: activations then leave the caches between kernels.
-// Fusing the pointwise with the next depthwise gains nothing while both passes hit the caches.
+// Fusing the pointwise with the next depthwise of an image that is not shared gains nothing: both passes hit the
+// caches.
 #include "run.h"
 
 #include <algorithm>
@@ -36,18 +41,32 @@ namespace {
 // 268 and 312 ms.
 constexpr int64_t kBandBytes = 9 << 17;    // of y: what one core's L2 holds beside the rows of weights
 constexpr int64_t kPackedBytes = 4 << 20;  // of compositions that are summed ahead of their use
+constexpr int64_t kGroupTokens = 256;      // of small images together: weights are read once for all of them
+constexpr int64_t kSmallMatrix = 1 << 20;  // an L2 keeps it beside the rest
 constexpr double kFlopsPerThread = 2e6;    // below this a second thread costs more than it brings
 
-// What happens to an image, one step after the other. Items of a step are independent of each other.
+// What happens to a group, one step after the other. Items of a step are independent of each other.
 struct Step {
-  enum Kind { kLoad, kEmbed, kBlock, kStore, kPool } kind;  // items: lines, bands, bands, lines, lines
+  enum Kind {
+    kLoad,       // items: lines
+    kEmbed,      // bands of every image
+    kDepthwise,  // lines
+    kPointwise,  // lines
+    kFused,      // lines: kPointwise, then the next block's kDepthwise
+    kBand,       // bands: a block whole
+    kStore,      // lines
+    kPool,       // lines
+  } kind;
   int64_t block;
 };
 
-// What an image owns while it passes: two x, or one twice when there is a single band.
-struct Image {
-  int64_t index;
-  char* x[2];
+// What some images own while they pass.
+struct Group {
+  int64_t first, count;
+  bool shared;      // by all threads
+  char* x[2];       // one twice without bands
+  char* y;          // where a residual reads it again
+  char* panels[2];  // of blocks with even and odd numbers; one twice unless shared
 };
 
 class Runner {
@@ -69,43 +88,49 @@ class Runner {
     plane_bytes_ = height_ * width_ * k_.line_bytes;
     const double flops = 2.0 * batch.size * shape_.depth * height_ * width_ * shape_.channels * shape_.channels;
     threads_ = int(std::clamp(flops / kFlopsPerThread, 1.0, double(parallel.threads)));
-    single_images_ = batch.size / threads_ * threads_;
-    const int64_t sharers = single_images_ < batch.size ? threads_ : 1;  // of one image
-    bands_ = std::min(round_up(ceil_div(lines_ * plane_bytes_, kBandBytes), sharers), height_);
+    const int64_t image_bytes = lines_ * plane_bytes_;
+    const int64_t fitting = std::min(kBandBytes / image_bytes, kGroupTokens / (height_ * width_));
+    const int64_t fair = batch.size < threads_ ? batch.size : ceil_div(batch.size, int64_t(threads_));
+    group_ = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(fair, 1));
+    groups_ = ceil_div(batch.size, group_);
+    alone_ = groups_ / threads_ * threads_;
+    line_bytes_ = group_ * plane_bytes_;
+    const int64_t sharers = alone_ < groups_ ? threads_ : 1;
+    bands_ = ceil_div(image_bytes, kBandBytes);
+    if (bands_ > 1 || (alone_ == 0 && group_ == 1 && bands_are_free())) {
+      bands_ = std::min(round_up(bands_, sharers), height_);
+    }
   }
 
   void operator()() {
     const std::vector<Segment>& segments = plan_.segments;
-    std::vector<std::vector<Step>> steps;
+    std::vector<std::vector<Step>> alone, shared;
     int64_t phases = 2;  // of the classifier
     for (const Segment& segment : segments) {
-      steps.push_back(image_steps(segment));
-      phases += 2 + (batch_.size - single_images_) * int64_t(steps.back().size());
+      alone.push_back(steps(segment, false));
+      shared.push_back(steps(segment, true));
+      phases += 2 + (groups_ - alone_) * int64_t(shared.back().size());
     }
-    // Between segments every image waits in its x; a single segment needs an x per thread only.
-    const int64_t places = segments.size() > 1 ? batch_.size : threads_;
+    // Between segments every group waits in its x; a single segment needs an x per thread only.
+    const int64_t places = segments.size() > 1 ? groups_ : threads_;
     Workspace workspace(measure(places));
     place(workspace.data(), places);
-    auto image_at = [&](int64_t image, int thread) {
-      char* x = x_ + (segments.size() > 1 ? image : thread) * x_count_ * x_bytes_;
-      return Image{image, {x, x + (x_count_ - 1) * x_bytes_}};
-    };
 
     Team team(threads_, phases);
     parallel_.run(threads_, [&](int thread) {
       int64_t phase = 0;
       for (size_t i = 0; i < segments.size(); ++i) {
         if (weights_) pack(team, thread, phase++, segments[i]);
-        team.phase(thread, phase++, single_images_, [&](int64_t index) {
-          const Image image = image_at(index, thread);
-          for (const Step& step : steps[i]) {
-            for (int64_t item = 0; item < items(step); ++item) run_item(step, item, image, thread);
+        team.phase(thread, phase++, alone_, [&](int64_t index) {
+          const Group group = group_at(index, segments.size() > 1 ? index : thread, thread);
+          for (const Step& step : alone[i]) {
+            for (int64_t item = 0; item < items(step, group); ++item) run_item(step, item, group, thread);
           }
         });
-        for (int64_t index = single_images_; index < batch_.size; ++index) {
-          const Image image = image_at(index, 0);
-          for (const Step& step : steps[i]) {
-            team.phase(thread, phase++, items(step), [&](int64_t item) { run_item(step, item, image, thread); });
+        for (int64_t index = alone_; index < groups_; ++index) {
+          const Group group = group_at(index, segments.size() > 1 ? index : 0, 0, true);
+          for (const Step& step : shared[i]) {
+            team.phase(thread, phase++, items(step, group), [&](int64_t item) { run_item(step, item, group, thread); });
           }
         }
       }
@@ -120,11 +145,24 @@ class Runner {
 
   // ---- plan ----
 
-  std::vector<Step> image_steps(const Segment& segment) const {
+  // Whether a band for each thread takes no more vectors of tokens than the image, and matrices stay in every L2.
+  bool bands_are_free() const {
+    const int64_t vectors = ceil_div(ceil_div(height_, int64_t(threads_)) * width_, k_.lanes);
+    return threads_ * vectors <= ceil_div(height_ * width_, k_.lanes) &&
+           net_.matrix_bytes(shape_.channels, shape_.channels) <= kSmallMatrix;
+  }
+
+  std::vector<Step> steps(const Segment& segment, bool shared) const {
     std::vector<Step> steps;
     if (segment.first_block == 0) steps.push_back({shape_.whole() ? Step::kEmbed : Step::kLoad, 0});
-    for (int64_t block = segment.first_block; block < segment.last_block; ++block)
-      steps.push_back({Step::kBlock, block});
+    for (int64_t block = segment.first_block; block < segment.last_block; ++block) {
+      if (bands_ > 1) {
+        steps.push_back({Step::kBand, block});
+        continue;
+      }
+      if (!shared || block == segment.first_block) steps.push_back({Step::kDepthwise, block});
+      steps.push_back({shared && block + 1 < segment.last_block ? Step::kFused : Step::kPointwise, block});
+    }
     if (segment.last_block == shape_.depth) {
       steps.push_back({shape_.whole() ? Step::kPool : Step::kStore, shape_.depth});
     }
@@ -134,9 +172,9 @@ class Runner {
   // ---- memory ----
 
   int64_t measure(int64_t places) {
-    x_bytes_ = lines_ * plane_bytes_;
+    x_bytes_ = lines_ * line_bytes_;
     x_count_ = bands_ > 1 ? 2 : 1;
-    const int64_t tokens = ceil_div(height_, bands_) * width_, images = shape_.whole() ? batch_.size : 0;
+    const int64_t tokens = group_ * ceil_div(height_, bands_) * width_, images = shape_.whole() ? batch_.size : 0;
     const int64_t patch_lines = shape_.whole() ? net_.lines(net_.patch_inputs()) : 0;
     y_bytes_ = std::max(shape_.pw_residual ? lines_ : 1, patch_lines) * tokens * k_.line_bytes;
     panels_bytes_ =
@@ -176,70 +214,137 @@ class Runner {
     });
   }
 
-  int64_t items(const Step& step) const {
-    return step.kind == Step::kEmbed || step.kind == Step::kBlock ? bands_ : lines_;
+  // `place`: which x; `thread`: whose y and panels.
+  Group group_at(int64_t index, int64_t place, int thread, bool shared = false) const {
+    const int64_t first = index * batch_.size / groups_, last = (index + 1) * batch_.size / groups_;
+    char *x = x_ + place * x_count_ * x_bytes_, *panels = panels_ + thread * panels_bytes_;
+    return {first,
+            last - first,
+            shared,
+            {x, x + (x_count_ - 1) * x_bytes_},
+            y_ + thread * y_bytes_,
+            {panels, shared ? panels + panels_bytes_ : panels}};
   }
 
-  void run_item(const Step& step, int64_t item, const Image& image, int thread) const {
-    const char* x_in = image.x[step.block & 1];
+  int64_t items(const Step& step, const Group& group) const {
+    switch (step.kind) {
+      case Step::kEmbed:
+        return group.count * embedding_bands(group);
+      case Step::kBand:
+        return bands_;
+      default:
+        return lines_;
+    }
+  }
+
+  void run_item(const Step& step, int64_t item, const Group& group, int thread) const {
+    const char* x = group.x[bands_ > 1 ? step.block & 1 : 0] + item * line_bytes_;
     switch (step.kind) {
       case Step::kLoad:
-        return k_.load(input(image.index), item, image.x[0] + item * plane_bytes_);
+        for (int64_t i = 0; i < group.count; ++i) {
+          k_.load(input(group.first + i), item, group.x[0] + item * line_bytes_ + i * plane_bytes_);
+        }
+        return;
       case Step::kStore:
-        return k_.store(x_in + item * plane_bytes_, item, output(image.index));
+        for (int64_t i = 0; i < group.count; ++i) k_.store(x + i * plane_bytes_, item, output(group.first + i));
+        return;
       case Step::kPool:
-        return k_.pool(x_in + item * plane_bytes_, height_ * width_,
-                       pooled_ + (item * batch_.size + image.index) * k_.line_bytes);
+        for (int64_t i = 0; i < group.count; ++i) {
+          k_.pool(x + i * plane_bytes_, height_ * width_,
+                  pooled_ + (item * batch_.size + group.first + i) * k_.line_bytes);
+        }
+        return;
       case Step::kEmbed:
-        return embed(item, image, thread);
-      case Step::kBlock:
-        return block(step.block, item, image, thread);
+        return embed(item, group, thread);
+      case Step::kDepthwise:
+        return depthwise(step.block, item, group, thread);
+      case Step::kPointwise:
+        return pointwise(step.block, item, group, thread);
+      case Step::kFused:
+        pointwise(step.block, item, group, thread);
+        return depthwise(step.block + 1, item, group, thread);
+      case Step::kBand:
+        return block(step.block, item, group, thread);
     }
   }
 
   struct Band {
     int64_t first_row, last_row, tokens, bytes, offset;  // bytes: of one line of the band; offset: in a plane
   };
-  Band band(int64_t i) const {
-    const int64_t first = i * height_ / bands_, last = (i + 1) * height_ / bands_, row = width_ * k_.line_bytes;
+  Band band(int64_t i, int64_t bands) const {
+    const int64_t first = i * height_ / bands, last = (i + 1) * height_ / bands, row = width_ * k_.line_bytes;
     return {first, last, (last - first) * width_, (last - first) * row, first * row};
   }
 
-  void embed(int64_t item, const Image& image, int thread) const {
-    const Band band = this->band(item);
+  int64_t embedding_bands(const Group& group) const {
+    return group.shared ? std::max(bands_, std::min<int64_t>(threads_, height_)) : bands_;
+  }
+
+  void embed(int64_t item, const Group& group, int thread) const {
+    const int64_t bands = embedding_bands(group), image = item / bands;
+    const Band band = this->band(item % bands, bands);
     char *patches = y_ + thread * y_bytes_, *panels = panels_ + thread * panels_bytes_;
-    k_.load_patches({input(image.index), shape_.patch, shape_.patch_stride, shape_.patch_padding, width_,
+    k_.load_patches({input(group.first + image), shape_.patch, shape_.patch_stride, shape_.patch_padding, width_,
                      band.first_row, band.last_row, patches, band.bytes});
     const int64_t lines = net_.lines(net_.patch_inputs());
     for (int64_t line = 0; line < lines; ++line) {
       k_.pack_tokens({patches + line * band.bytes, band.tokens, line, lines, panels});
     }
     const Pointwise stem = net_.stem();
-    product(stem, stem, {panels, band.tokens, nullptr, 0, image.x[0] + band.offset, plane_bytes_, shape_.activation},
-            thread);
+    char* x = group.x[0] + image * plane_bytes_ + band.offset;
+    product(stem, stem, {panels, band.tokens, nullptr, 0, x, line_bytes_, shape_.activation}, thread);
   }
 
-  void block(int64_t d, int64_t item, const Image& image, int thread) const {
-    const Band band = this->band(item);
-    const char* x = image.x[d & 1];
+  // A line of y, of all rows of all images, and its place in the panels.
+  void depthwise(int64_t d, int64_t line, const Group& group, int thread) const {
+    char* y = shape_.pw_residual ? group.y + line * line_bytes_ : y_ + thread * y_bytes_;
+    for (int64_t i = 0; i < group.count; ++i) {
+      depthwise(d, line, {0, height_, height_ * width_, plane_bytes_, 0},
+                group.x[0] + line * line_bytes_ + i * plane_bytes_, y + i * plane_bytes_, thread);
+    }
+    k_.pack_tokens({y, group.count * height_ * width_, line, lines_, group.panels[d & 1]});
+  }
+
+  void depthwise(int64_t d, int64_t line, const Band& band, const char* x, char* y, int thread) const {
+    const Network::Depthwise w = net_.depthwise(d, line);
+    k_.depthwise({x, y, height_, width_, shape_.kernel_size, band.first_row, band.last_row, w.taps, w.bias, w.scale,
+                  w.shift, shape_.activation, reinterpret_cast<float*>(scratch_ + thread * scratch_bytes_)});
+  }
+
+  // A line of x, of all tokens.
+  void pointwise(int64_t d, int64_t line, const Group& group, int thread) const {
+    const Operands operands{group.panels[d & 1],
+                            group.count * height_ * width_,
+                            shape_.pw_residual ? group.y : nullptr,
+                            line_bytes_,
+                            group.x[0],
+                            line_bytes_,
+                            shape_.activation};
+    const int64_t per_line = k_.line_channels / k_.lanes, vectors = net_.vectors(shape_.channels);
+    for (int64_t v = line * per_line; v < std::min((line + 1) * per_line, vectors); ++v) {
+      run_vector(matrix(d), next_matrix(d), v, operands, thread);
+    }
+  }
+
+  void block(int64_t d, int64_t item, const Group& group, int thread) const {
+    const Band band = this->band(item, bands_);
+    const char* x = group.x[d & 1];
     char *y = y_ + thread * y_bytes_, *panels = panels_ + thread * panels_bytes_;
-    float* scratch = reinterpret_cast<float*>(scratch_ + thread * scratch_bytes_);
     for (int64_t line = 0; line < lines_; ++line) {
-      const Network::Depthwise w = net_.depthwise(d, line);
-      char* y_line = shape_.pw_residual ? y + line * band.bytes : y;  // only the residual reads it again
-      k_.depthwise({x + line * plane_bytes_, y_line, height_, width_, shape_.kernel_size, band.first_row, band.last_row,
-                    w.taps, w.bias, w.scale, w.shift, shape_.activation, scratch});
+      char* y_line = shape_.pw_residual ? y + line * band.bytes : y;
+      depthwise(d, line, band, x + line * line_bytes_, y_line, thread);
       k_.pack_tokens({y_line, band.tokens, line, lines_, panels});
     }
-    product(pointwise(d), pointwise(std::min(d + 1, shape_.depth - 1)),
-            {panels, band.tokens, shape_.pw_residual ? y : nullptr, band.bytes, image.x[(d + 1) & 1] + band.offset,
-             plane_bytes_, shape_.activation},
+    product(matrix(d), next_matrix(d),
+            {panels, band.tokens, shape_.pw_residual ? y : nullptr, band.bytes, group.x[(d + 1) & 1] + band.offset,
+             line_bytes_, shape_.activation},
             thread);
   }
 
-  Pointwise pointwise(int64_t d) const {
+  Pointwise matrix(int64_t d) const {
     return plain_ ? net_.pointwise(d, *weights_) : net_.pointwise(d, plan_.slot_of_block[d]);
   }
+  Pointwise next_matrix(int64_t d) const { return matrix(std::min(d + 1, shape_.depth - 1)); }
 
   struct Operands {
     const char* panels;
@@ -327,12 +432,13 @@ class Runner {
   const PackingPlan plan_;
   const Batch& batch_;
   const Parallel& parallel_;
-  int64_t height_, width_, lines_, bands_, single_images_;
+  int64_t height_, width_, lines_, bands_;
+  int64_t group_, groups_, alone_;  // images in a group; groups; those that a thread takes alone
   int threads_;
-  bool plain_, converted_;  // matrices are read where they are; and are of another type
-  int64_t plane_bytes_ = 0, panels_bytes_ = 0, rows_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0,
-          scratch_bytes_ = 0, packed_bytes_ = 0;
-  int64_t pooled_bytes_ = 0, logits_bytes_ = 0;
+  bool plain_, converted_;                    // matrices are read where they are; and are of another type
+  int64_t plane_bytes_ = 0, line_bytes_ = 0;  // of an image and of a group, in one line of channels
+  int64_t panels_bytes_ = 0, rows_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0;
+  int64_t packed_bytes_ = 0, pooled_bytes_ = 0, logits_bytes_ = 0;
   char *x_ = nullptr, *y_ = nullptr, *panels_ = nullptr, *rows_ = nullptr, *scratch_ = nullptr, *pooled_ = nullptr,
        *logits_ = nullptr;
 };
