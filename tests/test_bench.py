@@ -38,6 +38,7 @@ def measured(provider: str, ms: float, **changes) -> dict:
         "flops": 1e8,
         "bytes": 1e6,
         "other_processes": 0.0,
+        "pace_gflops": 75.0,
     }
     return row | changes
 
@@ -80,6 +81,7 @@ def test_ratio_and_fraction():
     rows = report.finish(rows, PEAKS)
     assert [row["ratio"] for row in rows] == [3.0, 1.5, 4.0, 3.0]
     assert [row["fraction"] for row in rows] == pytest.approx([0.5, 0.25, 0.125, 1 / 6])
+    assert [row["pace"] for row in rows] == pytest.approx([0.75] * 4)
     assert report.geometric_means(rows) == [("float32", pytest.approx(3.0), 1)]
 
 
@@ -88,6 +90,7 @@ def test_rows_without_peers_or_ceilings():
     assert row["ratio"] is None
     assert row["fraction"] is None
     assert row["floor_ms"] is None
+    assert row["pace"] is None
 
 
 def test_ceilings_keep_the_highest_and_say_when_disturbed():

@@ -393,6 +393,9 @@ def test_measure_peaks() -> None:
     for threads in (0, -1):
         with pytest.raises(ValueError, match="threads"):
             runtime.measure_peaks(threads, seconds=0.06)
+        with pytest.raises(ValueError, match="threads"):
+            runtime.multiply_add_rate(threads)
+    assert 0.05 < runtime.multiply_add_rate(1, 0.02) < 1.2 * runtime.measure_peaks(1, seconds=0.3)["float32_gflops"]
 
 
 def test_bad_arguments_raise() -> None:

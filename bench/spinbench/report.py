@@ -24,7 +24,8 @@ def case_of(row: dict) -> tuple:
 
 
 def finish(rows: list[dict], peaks: dict[str, float]) -> list[dict]:
-    """Adds floor_ms, fraction (floor / ms), ratio (ours: best peer / ms; a peer: ms / best of ours)."""
+    """Adds floor_ms, fraction (floor / ms), ratio (ours: best peer / ms; a peer: ms / best of ours), pace (part of
+    the float32 peak that the machine gave in the same minute)."""
     finished = []
     for _, group in groupby(rows, case_of):
         group = list(group)
@@ -34,7 +35,9 @@ def finish(rows: list[dict], peaks: dict[str, float]) -> list[dict]:
             floor = floor_ms(row["flops"], row["bytes"], row["dtype"], peaks) if peaks else None
             mine = row["provider"] in OURS
             ratio = (peer and peer / row["ms"]) if mine else (ours and row["ms"] / ours)
-            finished.append({**row, "floor_ms": floor, "fraction": floor and floor / row["ms"], "ratio": ratio})
+            pace = row["pace_gflops"] / peaks["float32_gflops"] if peaks and row["pace_gflops"] else None
+            fraction = floor and floor / row["ms"]
+            finished.append({**row, "floor_ms": floor, "fraction": fraction, "ratio": ratio, "pace": pace})
     return finished
 
 
@@ -62,6 +65,7 @@ def show(console: Console, rows: list[dict], failures: list[dict], ceilings: Cei
     if rows:
         console.print(table(rows))
         console.print("ratio: for ours best peer / ours, for a peer its time / ours; *: the best of each side")
+        console.print("machine at: multiply-adds in registers during the same bursts / the best of the run")
     console.print(describe(ceilings), highlight=False)
     for dtype, mean, count in geometric_means(rows):
         console.print(
@@ -94,6 +98,8 @@ def table(rows: list[dict]) -> Table:
             if (side := [row for row in group if (row["provider"] in OURS) == mine])
         }
         lines = [net, f"  batch {batch}, {dtype}"]
+        if group[0]["pace"]:
+            lines.append(f"  machine at {group[0]['pace']:.0%}")
         for line, row in zip_longest(lines, group):
             cells = [""] if row is None else cells_of(row, row["provider"] in best, per_block)
             table.add_row(line or "", *cells, style="bold" if row and row["provider"] in OURS else None)

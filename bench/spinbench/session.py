@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ SEED = 20
 MAKE_SECONDS = 300
 PEAK_SECONDS = 0.3
 PEAK_TRIES = 5
+PACE_SECONDS = 0.1
 
 
 # Relative L2. Ours may be 1.5 times as wrong as eager PyTorch in the same dtype, in float32 always this much.
@@ -52,6 +54,7 @@ class Session:
         except BaseException:
             self.close()
             raise
+        self.device = device
         self.maker, *self.workers = self.started
 
     def __enter__(self) -> Session:
@@ -90,8 +93,15 @@ class Session:
         absent = {worker.name: catalog.unsupported(worker.name, case.dtype) for worker in self.workers}
         workers = [worker for worker in self.workers if absent[worker.name] is None]
         results, failures = timing.prepare(workers, case)
-        with timing.Others(self.workers) as others:
-            failures |= timing.run(workers, results, method, lambda done: tell("timing", 0.6 + 0.4 * min(1.0, done)))
+        paces: list[float] = []
+
+        def after_round(done: float) -> None:
+            if self.device == "cpu" and self.ceilings.peaks:
+                paces.append(self.ask_maker("pace", PACE_SECONDS, timeout=60))
+            tell("timing", 0.6 + 0.4 * min(1.0, done))
+
+        with timing.Others(self.started) as others:
+            failures |= timing.run(workers, results, method, after_round)
         failures |= wrong(results, case.dtype)
         key = {"net": case.network.name, "batch": case.batch, "dtype": case.dtype}
         failures |= {name: reason for name, reason in absent.items() if reason}
@@ -108,6 +118,7 @@ class Session:
                 "flops": case.network.flops(case.batch),
                 "bytes": case.network.bytes(case.batch, case.dtype),
                 "other_processes": others.share,
+                "pace_gflops": statistics.median(paces) if paces else None,
             }
             for worker in workers
             if worker.name in results

@@ -82,7 +82,7 @@ def prepare(
 def run(
     workers: list[Worker], results: dict[str, Result], method: Method, tick: Callable[[float], None]
 ) -> dict[str, str]:
-    """Time every prepared provider; fills in the bursts, answers failures; `tick` gets the fraction done."""
+    """Time every prepared provider; fills in the bursts, answers failures; `tick`: the fraction done, every round."""
     failures: dict[str, str] = {}
     ready = [worker for worker in workers if worker.name in results]
     start, rounds = time.monotonic(), 0

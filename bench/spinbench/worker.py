@@ -148,6 +148,12 @@ class WorkerState:
 
         return spin_runtime.measure_peaks(self.threads, seconds)
 
+    def pace(self, seconds: float) -> float:
+        """float32 multiply-adds in registers that the machine gives right now, GFLOP/s."""
+        from spin_kernels import spin_runtime
+
+        return spin_runtime.multiply_add_rate(self.threads, seconds)
+
     def make(self, network: Network, batch: int, seed: int) -> None:
         """Write weights, inputs and the float64 outputs of one network, for all workers to load."""
         import torch

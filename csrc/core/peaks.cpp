@@ -8,18 +8,16 @@
 namespace spin {
 namespace {
 
-constexpr int kRounds = 8;
-
 double seconds_since(std::chrono::steady_clock::time_point start) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Each thread repeats `work` (which returns units done) for its share of the time, kRounds times; the
+// Each thread repeats `work` (which returns units done) for its share of the time, round by round; the
 // result is the best round's sum of rates.
 template <class Work>
-double best_rate(const Parallel& parallel, double seconds, const Work& work) {
+double best_rate(const Parallel& parallel, double seconds, int rounds, const Work& work) {
   double best = 0;
-  for (int round = 0; round < kRounds; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     std::vector<double> rates(parallel.threads);
     parallel.run(parallel.threads, [&](int thread) {
       work(thread);  // warm up
@@ -28,7 +26,7 @@ double best_rate(const Parallel& parallel, double seconds, const Work& work) {
       do {
         units += work(thread);
         elapsed = seconds_since(start);
-      } while (elapsed < seconds / kRounds);
+      } while (elapsed < seconds / rounds);
       rates[thread] = units / elapsed;
     });
     double sum = 0;
@@ -40,8 +38,8 @@ double best_rate(const Parallel& parallel, double seconds, const Work& work) {
 
 }  // namespace
 
-double measure_gflops(const Kernels& kernels, const Parallel& parallel, double seconds) {
-  return best_rate(parallel, seconds, [&](int) { return kernels.multiply_add_loop(20000); }) * 1e-9;
+double measure_gflops(const Kernels& kernels, const Parallel& parallel, double seconds, int rounds) {
+  return best_rate(parallel, seconds, rounds, [&](int) { return kernels.multiply_add_loop(20000); }) * 1e-9;
 }
 
 double measure_copy_gbps(const Parallel& parallel, double seconds) {
@@ -51,7 +49,7 @@ double measure_copy_gbps(const Parallel& parallel, double seconds) {
     from[thread].assign(kBytes, 1);
     to[thread].assign(kBytes, 2);
   });
-  return best_rate(parallel, seconds,
+  return best_rate(parallel, seconds, kRounds,
                    [&](int thread) {
                      std::memcpy(to[thread].data(), from[thread].data(), kBytes);
                      return 2.0 * kBytes;

@@ -169,6 +169,10 @@ py::dict measure_peaks(int threads, double seconds) {
   return d;
 }
 
+double multiply_add_rate(int threads, double seconds) {
+  return measure_gflops(select_kernels(DType::kFloat32, ""), own_threads(threads), seconds, 1);
+}
+
 py::list packing_plan(const std::vector<int64_t>& pw_index, int64_t slots) {
   for (int64_t index : pw_index) {
     if (index < 0) throw py::value_error("pw_index: out of range");
@@ -195,6 +199,9 @@ PYBIND11_MODULE(spin_runtime, m) {
         "Instruction sets of this processor and the kernels that are chosen for them.");
   m.def("measure_peaks", &spin::measure_peaks, "threads"_a, "seconds"_a = 1.0,
         "Multiply-add rates in registers (GFLOP/s) and copy bandwidth (GB/s, read plus written).");
+  m.def("multiply_add_rate", &spin::multiply_add_rate, "threads"_a, "seconds"_a = 0.1,
+        "The mean rate of float32 multiply-adds in registers (GFLOP/s) from now on for `seconds`: what a machine that "
+        "others use too leaves of its peak.");
   m.def("mixer", &spin::mixer, "x"_a, "dw_weight"_a, "dw_bias"_a, "dw_affine"_a, "pw_weight"_a, "pw_bias"_a,
         "pw_affine"_a, "pw_index"_a, py::kw_only(), "dw_index"_a = py::none(), "pw_coefficients"_a = py::none(),
         "pw_gain"_a = py::none(), "activation"_a = "gelu", "pw_residual"_a = false, "threads"_a = 1, "isa"_a = "",
