@@ -40,11 +40,9 @@ class Choice(NamedTuple):
 
 
 def _cpu_mixer_refusal(args: Sequence[Any]) -> str | None:
-    x, dw_weight, eps = args[0], args[1], args[13]
+    x, dw_weight = args[:2]
     if x.device.type != "cpu":
         return "x is not on the CPU"
-    if eps is not None:
-        return "batch statistics have no CPU kernel"
     if x.dtype not in _NARROW:
         return "x is float64"
     if x.shape[1] > CPU_MAX_CHANNELS:
@@ -56,10 +54,8 @@ def _cpu_mixer_refusal(args: Sequence[Any]) -> str | None:
 
 # Operator -> its kernels in order of preference; the reference serves what none of them can.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "mixer": (
-        Kernel("cpu", "_mixer_cpu", _cpu_mixer_refusal, "the statistics are frozen and the tensors are on the CPU"),
-    ),
-    "mixer_backward": (),
+    "mixer": (Kernel("cpu", "_mixer_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),),
+    "mixer_backward": (Kernel("cpu", "_mixer_backward_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),),
     "compose_superweights": (),
     "compose_superweights_backward": (),
     "repeat_weight": (),
@@ -151,8 +147,10 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
         backward = choose(f"{family}_backward", arguments).backend
     kernel = choice.kernel
     if choice.backend == "cpu":
-        isa = torch.ops.spin._cpu_isa(str(arguments[0].dtype).removeprefix("torch."))
-        kernel = f"{kernel}, {isa}"
+        dtype = str(arguments[0].dtype).removeprefix("torch.")
+        if backward is not None or arguments[-1] is not None:
+            kernel, dtype = "_mixer_train_cpu", "float32"  # keeps what backward needs, and computes in float32
+        kernel = f"{kernel}, {torch.ops.spin._cpu_isa(dtype)}"
     return Explanation(name, choice.backend, kernel, choice.reason, backward)
 
 

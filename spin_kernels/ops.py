@@ -67,12 +67,15 @@ def _empty(x: Tensor) -> Tensor:
 
 
 def _run_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    args = args[:-1]
+    args, save = args[:-1], args[-1]
     _refuse_forward_mode()
     checks.mixer(*args)
     x = args[0]
     if dispatch.choose("mixer", args).backend == "cpu":
-        return _mixer_cpu(*args[:-1]), _empty(x), _empty(x), _empty(x)
+        if args[-1] is None and not save:
+            return _mixer_cpu(*args[:-1]), _empty(x), _empty(x), _empty(x)
+        *results, saved = _mixer_train_cpu(*args)
+        return *results, saved if save else _empty(x)
     y, dw_stats, pw_stats = _reference_mixer(*args)
     if dw_stats is None or pw_stats is None:
         return y, _empty(x), _empty(x), _empty(x)
@@ -81,12 +84,22 @@ def _run_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _fake_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checks.mixer(*args[:-1])
-    x, pw_index, eps = args[0], args[_TENSORS], args[-2]
+    x, pw_index, pw_residual, eps, save = args[0], args[_TENSORS], *args[-3:]
     y = torch.empty_like(x, memory_format=reference.output_format(x))
+    saved = _empty(x)
+    if save and dispatch.choose("mixer", args[:-1]).backend == "cpu":
+        saved = x.new_empty(_saved_elements(x, len(pw_index), pw_residual))
     if eps is None:
-        return y, _empty(x), _empty(x), _empty(x)
+        return y, _empty(x), _empty(x), saved
     size, dtype = (len(pw_index), 2, x.shape[1]), checks.WIDE[x.dtype]
-    return y, x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype), _empty(x)
+    return y, x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype), saved
+
+
+def _saved_elements(x: Tensor, depth: int, pw_residual: bool) -> int:
+    """As saved_elements() of csrc/core/train.h."""
+    batch, channels, height, width = x.shape
+    anchors = (depth - 1) // 8 if pw_residual and depth else 0
+    return (2 * depth + anchors) * ((channels + 15) // 16 * 16) * batch * height * width
 
 
 def _reference_mixer(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -97,9 +110,14 @@ def _reference_mixer(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     )
 
 
-def _run_mixer_backward(grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _run_mixer_backward(
+    grad: Tensor, dw_stats: Tensor, pw_stats: Tensor, saved: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     checks.mixer_backward(grad, *args)
-    dispatch.choose("mixer_backward", args)
+    if dispatch.choose("mixer_backward", args).backend == "cpu":
+        if saved.numel() == 0:  # the forward pass saved nothing, or ran elsewhere
+            _, dw_stats, pw_stats, saved = _mixer_train_cpu(*args)
+        return _mixer_backward_cpu(grad, dw_stats, pw_stats, saved, *args)
     tensors, settings = args[:_TENSORS], args[_TENSORS:]
     grads = _gradients(lambda *leaves: _reference_mixer(*leaves, *settings)[0], tensors, grad)
     x = tensors[0]
@@ -108,7 +126,9 @@ def _run_mixer_backward(grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor
     return into(memory_format=reference.output_format(x)), *grads[1:]
 
 
-def _fake_mixer_backward(grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def _fake_mixer_backward(
+    grad: Tensor, dw_stats: Tensor, pw_stats: Tensor, saved: Tensor, *args: Any
+) -> tuple[Tensor, ...]:
     checks.mixer_backward(grad, *args)
     x, *parameters = args[:_TENSORS]
     grad_x = torch.empty_like(x, memory_format=reference.output_format(x))
@@ -116,18 +136,18 @@ def _fake_mixer_backward(grad: Tensor, saved: Tensor, *args: Any) -> tuple[Tenso
 
 
 def _save_mixer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(output[3], *inputs[:_TENSORS])
+    ctx.save_for_backward(*output[1:], *inputs[:_TENSORS])
     ctx.settings = inputs[_TENSORS:-1]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_mixer(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    saved, *tensors = ctx.saved_tensors
+    dw_stats, pw_stats, saved, *tensors = ctx.saved_tensors
     others = (None,) * (len(ctx.settings) + 1)
     if grad is None:
         return (None,) * _TENSORS + others
-    grads = _mixer_backward(grad, saved, *tensors, *ctx.settings)
+    grads = _mixer_backward(grad, dw_stats, pw_stats, saved, *tensors, *ctx.settings)
     return tuple(None if t is None else g for t, g in zip(tensors, grads, strict=True)) + others
 
 
@@ -291,5 +311,7 @@ _repeat_backward = _register(
     "_repeat_weight_backward", _run_repeat_backward, _fake_repeat_backward, None, _refuse_second_derivative
 )
 _mixer_cpu = torch.ops.spin._mixer_cpu.default
+_mixer_train_cpu = torch.ops.spin._mixer_train_cpu.default
+_mixer_backward_cpu = torch.ops.spin._mixer_backward_cpu.default
 for _public in ("shared_mixer_block", "shared_mixer_block_train", "compose_superweights", "repeat_weight"):
     _refuse_nested(_public)

@@ -71,9 +71,20 @@ def depthwise(x: Array, weight: Array) -> Array:
     return total
 
 
+def normalised(u: Array, eps: float | None) -> Array:
+    """u itself, or with `eps` as BatchNorm's statistics of the batch make it."""
+    if eps is None:
+        return u
+    mean, variance = u.mean((0, 2, 3), keepdims=True), u.var((0, 2, 3), keepdims=True)
+    return (u - mean) / np.sqrt(variance + eps)
+
+
 @np.errstate(all="ignore")
-def reference(a: dict[str, Any], round_to: Callable[[Array], Array] = lambda x: x) -> tuple[Array, float]:
-    """The output and the largest intermediate; with `round_to` every operation's result is rounded."""
+def reference(
+    a: dict[str, Any], round_to: Callable[[Array], Array] = lambda x: x, eps: float | None = None
+) -> tuple[Array, float]:
+    """The output and the largest intermediate; with `round_to` every operation's result is rounded, with `eps` the
+    statistics are the batch's."""
     channels = (slice(None), None, None)
     w = {name: decode(value) for name, value in a.items() if isinstance(value, np.ndarray)}
     matrices, act = w["pw_weight"], ACTIVATIONS[a["activation"]]
@@ -85,12 +96,12 @@ def reference(a: dict[str, Any], round_to: Callable[[Array], Array] = lambda x: 
         u = depthwise(x, w["dw_weight"][f])
         u = round_to(u + w["dw_bias"][f][channels] if "dw_bias" in w else u)
         scale, shift = w["dw_affine"][d]
-        y = round_to(x + round_to(round_to(act(u)) * scale[channels] + shift[channels]))
+        y = round_to(x + round_to(normalised(round_to(act(u)), eps) * scale[channels] + shift[channels]))
         v = np.einsum("oi,bihw->bohw", matrices[s], y, optimize=True)
         v = round_to(v) * w["pw_gain"][d][channels] if "pw_gain" in w else v
         v = round_to(v + w["pw_bias"][s][channels] if "pw_bias" in w else v)
         scale, shift = w["pw_affine"][d]
-        x = round_to(round_to(act(v)) * scale[channels] + shift[channels])
+        x = round_to(normalised(round_to(act(v)), eps) * scale[channels] + shift[channels])
         x = round_to(x + y) if a["pw_residual"] else x
         largest = max(largest, float(np.max(np.abs(x), initial=0.0)), float(np.max(np.abs(y), initial=0.0)))
     return x, largest

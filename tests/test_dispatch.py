@@ -40,7 +40,8 @@ def test_cpu_inference_is_never_the_reference(dtype: torch.dtype) -> None:
 def test_what_the_cpu_kernels_leave_to_the_reference() -> None:
     assert backend(dtype=torch.float64) == "reference"
     assert backend(kernel=33) == "reference"
-    assert backend("shared_mixer_block_train") == "reference"
+    assert backend("shared_mixer_block_train", dtype=torch.float64) == "reference"
+    assert backend("shared_mixer_block_train", kernel=33) == "reference"
 
 
 class Recorder(TorchDispatchMode):
@@ -57,9 +58,10 @@ class Recorder(TorchDispatchMode):
 def test_the_kernel_that_is_named_runs(requires_grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = mixer_arguments(requires_grad=requires_grad)
     calls = []
-    monkeypatch.setattr(
-        "spin_kernels.ops._mixer_cpu", lambda *args: calls.append(args) or spin._mixer_cpu.default(*args)
-    )
+    name = dispatch.explain("shared_mixer_block", **arguments).kernel.split(",")[0]
+    assert name == ("_mixer_train_cpu" if requires_grad else "_mixer_cpu")
+    kernel = getattr(spin, name).default
+    monkeypatch.setattr(f"spin_kernels.ops.{name}", lambda *args: calls.append(args) or kernel(*args))
     y = spin.shared_mixer_block(**arguments)
     assert len(calls) == 1
     assert y.requires_grad == requires_grad
@@ -81,11 +83,8 @@ def test_forced_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     spin.shared_mixer_block(**arguments)
     with pytest.raises(RuntimeError, match=r"^SPIN_BACKEND: .*mixer, got 'cpu', but x is float64"):
         spin.shared_mixer_block(**mixer_arguments(dtype=torch.float64))
-    with pytest.raises(RuntimeError, match=r"^SPIN_BACKEND: .*'cpu', but batch statistics have no CPU kernel"):
-        spin.shared_mixer_block_train(**arguments)
-    y = spin.shared_mixer_block(**training)
-    with pytest.raises(RuntimeError, match=r"^SPIN_BACKEND: .*mixer_backward, got 'cpu', but no cpu kernel"):
-        y.sum().backward()
+    spin.shared_mixer_block_train(**arguments)
+    spin.shared_mixer_block(**training).sum().backward()
     for name in ("triton", "cuda"):
         monkeypatch.setenv("SPIN_BACKEND", name)
         for op, given in (
@@ -122,8 +121,9 @@ def test_explain() -> None:
 
     training = mixer_arguments(requires_grad=True)
     explanation = dispatch.explain("shared_mixer_block", **training)
-    assert explanation.backward == "reference"
-    assert str(explanation).endswith("backward: reference")
+    assert explanation.backward == "cpu"
+    assert str(explanation).endswith("backward: cpu")
+    assert dispatch.explain("shared_mixer_block_train", **arguments).kernel.startswith("_mixer_train_cpu")
     with torch.no_grad():
         assert dispatch.explain("shared_mixer_block", **training).backward is None
     assert dispatch.explain("compose_superweights", **compose_arguments()).backend == "reference"

@@ -110,7 +110,12 @@ def test_opcheck_private(channels_last: bool, eps: float | None) -> None:
     grad = torch.randn_like(arguments["x"])
     private = private_arguments(arguments, eps)
     opcheck(spin._mixer.default, (*private, False))
-    opcheck(spin._mixer_backward.default, (grad, torch.empty(0), *private))
+    y, *stats_and_saved = spin._mixer.default(*private, True)
+    opcheck(spin._mixer_backward.default, (grad, *stats_and_saved, *private))
+    # Where the forward pass saved nothing, the backward pass begins with one that does.
+    expected = spin._mixer_backward.default(grad, *stats_and_saved, *private)
+    again = spin._mixer_backward.default(grad, *(torch.empty(0) for _ in stats_and_saved), *private)
+    assert all(torch.equal(got, gradient) for got, gradient in zip(again, expected, strict=True))
     opcheck(
         spin._mixer.default, (*private_arguments(mixer_arguments(dtype=torch.float64, requires_grad=True), eps), True)
     )
@@ -241,8 +246,8 @@ def test_layouts(op: Any, requires_grad: bool) -> None:
         torch.testing.assert_close(y, first(op(**dict(arguments, x=before.contiguous()))), rtol=1e-5, atol=1e-5)
         assert torch.equal(laid_out, before), name
         if requires_grad:
-            saved, private = torch.empty(0), private_arguments(given, None)
-            grad_x = spin._mixer_backward.default(torch.ones_like(y), saved, *private)[0]
+            nothing, private = [torch.empty(0)] * 3, private_arguments(given, None)
+            grad_x = spin._mixer_backward.default(torch.ones_like(y), *nothing, *private)[0]
             assert grad_x.is_contiguous(memory_format=expected), name
 
 

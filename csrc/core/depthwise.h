@@ -1,5 +1,5 @@
-// The depthwise convolution with its epilogue and the block's first residual:
-//   y = x + scale * act(sum over (i, j) of taps[i, j] * x[row + i - p, column + j - p] + bias) + shift.
+// The depthwise convolution with its epilogue and a residual, in inference the block's first:
+//   y = residual + scale * act(sum over (i, j) of taps[i, j] * x[row + i - p, column + j - p] + bias) + shift.
 //
 // Channels lie in the lanes, so a tap is one vector and nothing is shuffled. A row of up to 16 outputs is
 // held in registers while the tap rows pass: each input vector is loaded once per tap row and feeds up to
@@ -165,7 +165,7 @@ struct Depthwise {
         const int64_t token = row * a.width + column;
         epilogue<V, kActivation, true>(
             {sums, V::kLanes, columns, nullptr, nullptr, a.scale + vector * V::kLanes, a.shift + vector * V::kLanes,
-             a.input + token * kLineBytes + vector * kVectorBytes,
+             a.residual ? a.residual + token * kLineBytes + vector * kVectorBytes : nullptr,
              a.output + (token - a.first_row * a.width) * kLineBytes + vector * kVectorBytes, kLineBytes});
       }
       column += columns;

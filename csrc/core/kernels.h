@@ -45,10 +45,11 @@ struct ProductArgs {
   int64_t prefetch_bytes;
 };
 
-// out = x + scale * act(depthwise(x) + bias) + shift, for one line of channels and some rows.
+// out = residual + scale * act(depthwise(x) + bias) + shift, for one line of channels and some rows.
 struct DepthwiseArgs {
-  const char* input;  // the whole plane of this line
-  char* output;       // first_row of this line
+  const char* input;     // the whole plane of this line
+  const char* residual;  // likewise: the input itself, another or (null) none
+  char* output;          // first_row of this line
   int64_t height, width, kernel_size;
   int64_t first_row, last_row;
   const float* taps;  // [vector of the line][k * k][lane]
@@ -69,6 +70,73 @@ struct PackRowsArgs {
   int64_t rows, columns;
   char* to;
   int64_t row_stride;  // bytes
+};
+
+// ---- training: planes of floats, [token][lane] of one vector of channels ----
+
+// A pre-activation as it was saved, one vector of channels. `fine`: gelu to the accuracy that BatchNorm's statistics
+// ask for; without it as in inference.
+struct Activated {
+  const char* pre;
+  DType type;
+  Activation activation;
+  bool fine;
+  int64_t tokens;
+};
+
+// out = scale * act(pre) + shift (+ residual); the residual may be the output.
+struct TransformArgs {
+  Activated a;
+  const float *scale, *shift;
+  const float* residual;  // null: none
+  float* out;
+};
+
+// Mean and sum of squared deviations of act(pre).
+struct MomentsArgs {
+  Activated a;
+  double *mean, *deviations;
+};
+
+// sums[0] = sum of gradient, sums[1] = sum of gradient * (act(pre) - center), a vector each.
+struct GradientSumsArgs {
+  Activated a;
+  const float *gradient, *center;
+  float* sums;
+};
+
+// out = act'(pre) * (p * gradient + q * (act(pre) - center) + r); adds the sum of out to `sum`. Without q and r (null)
+// their terms are left out.
+struct ActivationGradientArgs {
+  Activated a;
+  const float *gradient, *center, *p, *q, *r;
+  float *out, *sum;
+};
+
+// taps[i][j] += sum over outputs of gradient[row, column] * x[row + i - pad, column + j - pad], for one image.
+struct TapsGradientArgs {
+  const float *gradient, *input;
+  int64_t height, width, kernel_size;
+  float* taps;  // [k * k][lane]
+};
+
+// G[o, i] += sum over tokens of gradient[o, t] * input[i, t], for a vector of output channels o.
+struct WeightGradientArgs {
+  const float* gradient;           // one vector of channels, [token][lane]
+  const float* input;              // all, [vector][token][lane]
+  int64_t vectors, vector_stride;  // of the input; floats
+  int64_t tokens;
+  float* out;  // [lane of o], rows of `out_stride` floats; added to
+  int64_t out_stride;
+};
+
+// Rows of the transposed matrix: a vector of columns of a float matrix.
+struct TransposeArgs {
+  const char* rows;  // row-major, of `row_stride` bytes
+  int64_t row_stride;
+  int64_t outputs, inputs, first_input;
+  float* to;  // lanes rows (fewer at the end) of `to_stride` floats, one value per output channel
+  int64_t to_stride;
 };
 
 // A tensor outside the engine: any strides, in elements.
@@ -109,6 +177,15 @@ struct Kernels {
   // A register-only loop of multiply-adds; returns the floating-point operations it has done.
   double (*multiply_add_loop)(int64_t iterations);
   void (*activate)(Activation, const float* from, float* to, int64_t count);  // for tests of the activations
+  // Training; null in a table whose chain is not float32.
+  void (*transform)(const TransformArgs&) = nullptr;
+  void (*moments)(const MomentsArgs&) = nullptr;
+  void (*gradient_sums)(const GradientSumsArgs&) = nullptr;
+  void (*activation_gradient)(const ActivationGradientArgs&) = nullptr;
+  void (*taps_gradient)(const TapsGradientArgs&) = nullptr;
+  void (*weight_gradient)(const WeightGradientArgs&) = nullptr;
+  void (*transpose)(const TransposeArgs&) = nullptr;
+  void (*narrow)(const float* from, DType type, int64_t count, char* to) = nullptr;
 };
 
 // One table per instruction set; null where the compiler had no support for it.

@@ -2,8 +2,11 @@
 // compiled with its own flags.
 #pragma once
 #include "depthwise.h"
+#include "elementwise.h"
 #include "layout.h"
 #include "product.h"
+#include "taps_gradient.h"
+#include "weight_gradient.h"
 
 // Tells the compiler that a vector register is used and changed here.
 #if defined(__x86_64__)
@@ -43,7 +46,7 @@ double multiply_add_loop(int64_t iterations) {
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return {
+  Kernels kernels{
       .name = name,
       .lanes = V::kLanes,
       .line_channels = Layout<V>::kLineChannels,
@@ -62,6 +65,17 @@ constexpr Kernels make_kernels(const char* name) {
       .multiply_add_loop = multiply_add_loop<V>,
       .activate = activate_all<V>,
   };
+  if constexpr (V::kChain == DType::kFloat32) {
+    kernels.transform = Elementwise<V>::transform;
+    kernels.moments = Elementwise<V>::moments;
+    kernels.gradient_sums = Elementwise<V>::gradient_sums;
+    kernels.activation_gradient = Elementwise<V>::activation_gradient;
+    kernels.narrow = Elementwise<V>::narrow;
+    kernels.taps_gradient = TapsGradient<V>::run;
+    kernels.weight_gradient = WeightGradient<V>::run;
+    kernels.transpose = WeightGradient<V>::transpose;
+  }
+  return kernels;
 }
 
 }  // namespace spin

@@ -307,7 +307,7 @@ class Runner {
 
   void depthwise(int64_t d, int64_t line, const Band& band, const char* x, char* y, int thread) const {
     const Network::Depthwise w = net_.depthwise(d, line);
-    k_.depthwise({x, y, height_, width_, shape_.kernel_size, band.first_row, band.last_row, w.taps, w.bias, w.scale,
+    k_.depthwise({x, x, y, height_, width_, shape_.kernel_size, band.first_row, band.last_row, w.taps, w.bias, w.scale,
                   w.shift, shape_.activation, reinterpret_cast<float*>(scratch_ + thread * scratch_bytes_)});
   }
 

@@ -27,6 +27,12 @@ struct Avx2 {
   static SPIN_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static SPIN_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
   static SPIN_INLINE F abs(F x) { return _mm256_andnot_ps(set(-0.f), x); }
+  static SPIN_INLINE F copysign(F magnitude, F sign) {
+    return _mm256_or_ps(magnitude, _mm256_and_ps(sign, set(-0.f)));  // magnitude >= 0
+  }
+  static SPIN_INLINE F where_positive(F x, F value) {  // 0 where x <= 0
+    return _mm256_and_ps(_mm256_cmp_ps(x, zero(), _CMP_NLE_UQ), value);
+  }
   // A NaN in the second operand is returned, as the instruction does.
   static SPIN_INLINE F max(F bound, F x) { return _mm256_max_ps(bound, x); }
   static SPIN_INLINE F min(F bound, F x) { return _mm256_min_ps(bound, x); }

@@ -27,6 +27,12 @@ struct Avx512 {
   static SPIN_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static SPIN_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
   static SPIN_INLINE F abs(F x) { return _mm512_abs_ps(x); }
+  static SPIN_INLINE F copysign(F magnitude, F sign) {
+    return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.f)));  // magnitude >= 0
+  }
+  static SPIN_INLINE F where_positive(F x, F value) {  // 0 where x <= 0
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_NLE_UQ), value);
+  }
   // A NaN in the second operand is returned, as the instruction does.
   static SPIN_INLINE F max(F bound, F x) { return _mm512_max_ps(bound, x); }
   static SPIN_INLINE F min(F bound, F x) { return _mm512_min_ps(bound, x); }

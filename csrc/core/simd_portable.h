@@ -30,6 +30,8 @@ struct Portable {
   static SPIN_INLINE F mul(F a, F b) { return a * b; }
   static SPIN_INLINE F div(F a, F b) { return a / b; }
   static SPIN_INLINE F abs(F x) { return (F)((I)x & 0x7fffffff); }
+  static SPIN_INLINE F copysign(F magnitude, F sign) { return (F)((I)magnitude | ((I)sign & INT32_MIN)); }
+  static SPIN_INLINE F where_positive(F x, F value) { return x <= 0.f ? zero() : value; }  // 0 where x <= 0
   // A NaN in the second operand is returned, as x86 instructions do.
   static SPIN_INLINE F max(F bound, F x) { return bound > x ? bound : x; }
   static SPIN_INLINE F min(F bound, F x) { return bound < x ? bound : x; }

@@ -4,10 +4,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <thread>
 
 #include "../core/peaks.h"
 #include "../core/run.h"
+#include "../core/train.h"
 #include "../core/workspace.h"
 
 namespace py = pybind11;
@@ -66,12 +68,16 @@ External view_of(const py::array& x, DType type) {
           x.strides(3) / size};
 }
 
-py::array mixer(const py::array& x, const py::array& dw_weight, const std::optional<py::array>& dw_bias,
-                const py::array& dw_affine, const py::array& pw_weight, const std::optional<py::array>& pw_bias,
-                const py::array& pw_affine, const std::vector<int64_t>& pw_index,
-                const std::optional<std::vector<int64_t>>& dw_index, const std::optional<py::array>& pw_coefficients,
-                const std::optional<py::array>& pw_gain, const std::string& activation, bool pw_residual, int threads,
-                const std::string& isa, bool packed) {
+struct Mixer {
+  NetworkShape shape;
+  MixerWeights weights;
+};
+
+Mixer read_mixer(const py::array& x, const py::array& dw_weight, const std::optional<py::array>& dw_bias,
+                 const py::array& dw_affine, const py::array& pw_weight, const std::optional<py::array>& pw_bias,
+                 const py::array& pw_affine, const std::vector<int64_t>& pw_index,
+                 const std::optional<std::vector<int64_t>>& dw_index, const std::optional<py::array>& pw_coefficients,
+                 const std::optional<py::array>& pw_gain, const std::string& activation, bool pw_residual) {
   if (x.ndim() != 4 || dw_weight.ndim() != 4 || pw_weight.ndim() != 3) {
     throw py::value_error("x, dw_weight, pw_weight: expected ranks 4, 4 and 3");
   }
@@ -100,7 +106,7 @@ py::array mixer(const py::array& x, const py::array& dw_weight, const std::optio
   }
   const int64_t C = s.channels, k = s.kernel_size, D = s.depth, T = pw_weight.shape(0);
   auto floats = [](const char* data) { return reinterpret_cast<const float*>(data); };
-  const MixerWeights weights{
+  MixerWeights weights{
       .type = type,
       .dw_weight = data_of(dw_weight, type, {s.filters, C, k, k}, "dw_weight"),
       .dw_bias = data_of(dw_bias, type, {s.filters, C}, "dw_bias"),
@@ -112,7 +118,22 @@ py::array mixer(const py::array& x, const py::array& dw_weight, const std::optio
       .templates = T,
       .pw_gain = floats(data_of(pw_gain, DType::kFloat32, {D, C}, "pw_gain")),
   };
-  py::array y(x.dtype(), std::vector<py::ssize_t>{x.shape(0), x.shape(1), x.shape(2), x.shape(3)});
+  return {std::move(s), weights};
+}
+
+py::array new_array(const py::dtype& type, std::vector<py::ssize_t> shape) { return py::array(type, std::move(shape)); }
+std::vector<py::ssize_t> shape_of(const py::array& a) { return {a.shape(), a.shape() + a.ndim()}; }
+
+py::array mixer(const py::array& x, const py::array& dw_weight, const std::optional<py::array>& dw_bias,
+                const py::array& dw_affine, const py::array& pw_weight, const std::optional<py::array>& pw_bias,
+                const py::array& pw_affine, const std::vector<int64_t>& pw_index,
+                const std::optional<std::vector<int64_t>>& dw_index, const std::optional<py::array>& pw_coefficients,
+                const std::optional<py::array>& pw_gain, const std::string& activation, bool pw_residual, int threads,
+                const std::string& isa, bool packed) {
+  const auto [s, weights] = read_mixer(x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_index,
+                                       dw_index, pw_coefficients, pw_gain, activation, pw_residual);
+  const DType type = s.type;
+  py::array y = new_array(x.dtype(), shape_of(x));
   const Batch batch{x.shape(0), view_of(x, type), x.strides(0) / x.itemsize(), view_of(y, type),
                     y.strides(0) / y.itemsize()};
   const Kernels& kernels = select_kernels(type, isa);
@@ -127,10 +148,83 @@ py::array mixer(const py::array& x, const py::array& dw_weight, const std::optio
   network.bind(memory.data());
   for (int64_t item = 0; item < network.parameter_items(); ++item) network.pack_parameters(weights, item);
   for (int64_t matrix = 0; matrix < s.matrices; ++matrix) {
-    for (int64_t vector = 0; vector < network.vectors(C); ++vector) network.pack_rows(weights, matrix, matrix, vector);
+    for (int64_t vector = 0; vector < network.vectors(s.channels); ++vector)
+      network.pack_rows(weights, matrix, matrix, vector);
   }
   run_packed(network, batch, parallel);
   return y;
+}
+
+// Forward and backward: (y, dw_stats, pw_stats, [gradients of the nine tensors, None for absent ones]).
+py::tuple mixer_gradients(const py::array& grad, const py::array& x, const py::array& dw_weight,
+                          const std::optional<py::array>& dw_bias, const py::array& dw_affine,
+                          const py::array& pw_weight, const std::optional<py::array>& pw_bias,
+                          const py::array& pw_affine, const std::vector<int64_t>& pw_index,
+                          const std::optional<std::vector<int64_t>>& dw_index,
+                          const std::optional<py::array>& pw_coefficients, const std::optional<py::array>& pw_gain,
+                          const std::string& activation, bool pw_residual, std::optional<float> eps, int threads,
+                          const std::string& isa) {
+  const auto [s, weights] = read_mixer(x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_index,
+                                       dw_index, pw_coefficients, pw_gain, activation, pw_residual);
+  if (type_of(grad, "grad") != s.type || shape_of(grad) != shape_of(x)) {
+    throw py::value_error("grad: expected the shape and dtype of x");
+  }
+  for (int i = 0; i < 4; ++i) {
+    if (grad.strides(i) % grad.itemsize()) throw py::value_error("grad: expected strides of whole elements");
+  }
+  if (x.shape(0) < 1) throw py::value_error("x: expected at least one image");
+  const py::ssize_t depth = s.depth;
+  const auto floats = py::dtype::of<float>();
+  auto data = [](py::array& a) { return static_cast<char*>(a.mutable_data()); };
+  py::array y = new_array(x.dtype(), shape_of(x));
+  py::array dw_stats = new_array(floats, {eps ? depth : 0, 2, x.shape(1)}),
+            pw_stats = new_array(floats, shape_of(dw_stats));
+  py::list grads;
+  std::vector<char*> to;
+  for (const std::optional<py::array>& t :
+       {std::optional(x), std::optional(dw_weight), dw_bias, std::optional(dw_affine), std::optional(pw_weight),
+        pw_bias, std::optional(pw_affine), pw_coefficients, pw_gain}) {
+    to.push_back(nullptr);
+    if (!t) {
+      grads.append(py::none());
+      continue;
+    }
+    py::array gradient = new_array(t->dtype(), shape_of(*t));
+    to.back() = data(gradient);
+    std::memset(to.back(), 0, gradient.nbytes());
+    grads.append(gradient);
+  }
+  auto as_floats = [&](int i) { return reinterpret_cast<float*>(to[i]); };
+  const int64_t tokens = x.shape(0) * x.shape(2) * x.shape(3);
+  std::vector<char> saved(saved_elements(s, tokens) * size_of(s.type));
+  const TrainingCall call{s,
+                          weights,
+                          x.shape(0),
+                          view_of(x, s.type),
+                          x.strides(0) / x.itemsize(),
+                          eps,
+                          reinterpret_cast<float*>(data(dw_stats)),
+                          reinterpret_cast<float*>(data(pw_stats)),
+                          saved.data()};
+  const auto gradient_of_x = grads[0].cast<py::array>();
+  const MixerGradients out{view_of(gradient_of_x, s.type),
+                           gradient_of_x.strides(0) / x.itemsize(),
+                           to[1],
+                           to[2],
+                           as_floats(3),
+                           to[4],
+                           to[5],
+                           as_floats(6),
+                           as_floats(7),
+                           as_floats(8)};
+  const Kernels& kernels = select_kernels(DType::kFloat32, isa);
+  const Parallel parallel = own_threads(threads);
+  {
+    py::gil_scoped_release release;
+    train_forward(kernels, call, view_of(y, s.type), y.strides(0) / y.itemsize(), parallel);
+    train_backward(kernels, call, view_of(grad, s.type), grad.strides(0) / grad.itemsize(), out, parallel);
+  }
+  return py::make_tuple(y, dw_stats, pw_stats, grads);
 }
 
 py::array_t<float> activate(const std::string& activation, const py::array_t<float, py::array::c_style>& x,
@@ -207,6 +301,13 @@ PYBIND11_MODULE(spin_runtime, m) {
         "pw_gain"_a = py::none(), "activation"_a = "gelu", "pw_residual"_a = false, "threads"_a = 1, "isa"_a = "",
         "packed"_a = false,
         "shared_mixer_block on contiguous weights; packed=True runs from weights that were all packed first.");
+  m.def("mixer_gradients", &spin::mixer_gradients, "grad"_a, "x"_a, "dw_weight"_a, "dw_bias"_a, "dw_affine"_a,
+        "pw_weight"_a, "pw_bias"_a, "pw_affine"_a, "pw_index"_a, py::kw_only(), "dw_index"_a = py::none(),
+        "pw_coefficients"_a = py::none(), "pw_gain"_a = py::none(), "activation"_a = "gelu", "pw_residual"_a = false,
+        "eps"_a = py::none(), "threads"_a = 1, "isa"_a = "",
+        "Forward and backward of the mixer; with eps the statistics are the batch's. (y, dw_stats, pw_stats, gradients "
+        "of "
+        "x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain).");
   m.def("activate", &spin::activate, "activation"_a, "x"_a, "isa"_a = "", "An activation function, elementwise.");
   m.def("packing_plan", &spin::packing_plan, "pw_index"_a, "slots"_a,
         "Segments (first block, last block, [(matrix, slot)], slot of each block) with at most `slots` slots if "

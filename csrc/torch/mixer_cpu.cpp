@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../core/run.h"
+#include "../core/train.h"
 #include "../core/workspace.h"
 
 namespace spin {
@@ -156,7 +157,7 @@ Batch batch_of(const Tensor& x, const Tensor& y, DType type) {
 
 // Expanded tensors may describe results that no memory holds.
 template <class Body>
-Tensor within_memory(const char* name, const Body& body) {
+auto within_memory(const char* name, const Body& body) {
   try {
     return body();
   } catch (const std::exception& error) {
@@ -177,6 +178,107 @@ Tensor mixer_cpu(const Tensor& x, const Tensor& dw_weight, const std::optional<T
     run_unpacked(select_kernels(m.shape.type, forced_isa()), m.shape, m.weights, batch_of(x, y, m.shape.type),
                  torch_parallel());
     return y;
+  });
+}
+
+// ---- training ----
+
+Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+}
+
+TrainingCall training_call(const Mixer& m, const Tensor& x, std::optional<double> eps, const Tensor& dw_stats,
+                           const Tensor& pw_stats, const Tensor& saved) {
+  check_input(x, m.shape);
+  return {m.shape,
+          m.weights,
+          x.size(0),
+          view_of(x, m.shape.type),
+          x.stride(0),
+          eps ? std::optional<float>(float(*eps)) : std::nullopt,
+          static_cast<float*>(dw_stats.data_ptr()),
+          static_cast<float*>(pw_stats.data_ptr()),
+          static_cast<char*>(saved.data_ptr())};
+}
+
+// float32 kernels, whatever the tensors' type: sums and everything between the products are float32.
+const Kernels& training_kernels() {
+  const std::string isa = forced_isa();
+  return select_kernels(DType::kFloat32, isa == "avx512_bf16" ? "avx512" : isa);
+}
+
+using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Tensors9 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+Tensors4 mixer_train_cpu(const Tensor& x, const Tensor& dw_weight, const std::optional<Tensor>& dw_bias,
+                         const Tensor& dw_affine, const Tensor& pw_weight, const std::optional<Tensor>& pw_bias,
+                         const Tensor& pw_affine, const std::optional<Tensor>& pw_coefficients,
+                         const std::optional<Tensor>& pw_gain, const std::vector<int64_t>& pw_index,
+                         const std::optional<std::vector<int64_t>>& dw_index, const std::string& activation,
+                         bool pw_residual, std::optional<double> eps) {
+  const Mixer m = read_mixer(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain,
+                             pw_index, dw_index, activation, pw_residual);
+  check_input(x, m.shape);
+  return within_memory("x", [&] {
+    const int64_t depth = m.shape.depth, tokens = x.size(0) * x.size(2) * x.size(3);
+    const std::vector<int64_t> stats = eps ? std::vector<int64_t>{depth, 2, m.shape.channels} : std::vector<int64_t>{0};
+    Tensor y = output_for(x), dw_stats = new_tensor(x, stats, ScalarType::Float),
+           pw_stats = new_tensor(x, stats, ScalarType::Float), saved = empty_like(x, {saved_elements(m.shape, tokens)});
+    if (tokens > 0) {
+      train_forward(training_kernels(), training_call(m, x, eps, dw_stats, pw_stats, saved), view_of(y, m.shape.type),
+                    y.stride(0), torch_parallel());
+    }
+    return Tensors4{y, dw_stats, pw_stats, saved};
+  });
+}
+
+Tensor zeros_like(const std::optional<Tensor>& t, const Tensor& like) {
+  if (!t) return new_tensor(like, {0}, ScalarType::Float);
+  Tensor zeros = new_tensor(*t, {t->sizes().begin(), t->sizes().end()}, t->scalar_type());
+  return torch::stable::zero_(zeros);
+}
+
+Tensors9 mixer_backward_cpu(const Tensor& grad, const Tensor& dw_stats, const Tensor& pw_stats, const Tensor& saved,
+                            const Tensor& x, const Tensor& dw_weight, const std::optional<Tensor>& dw_bias,
+                            const Tensor& dw_affine, const Tensor& pw_weight, const std::optional<Tensor>& pw_bias,
+                            const Tensor& pw_affine, const std::optional<Tensor>& pw_coefficients,
+                            const std::optional<Tensor>& pw_gain, const std::vector<int64_t>& pw_index,
+                            const std::optional<std::vector<int64_t>>& dw_index, const std::string& activation,
+                            bool pw_residual, std::optional<double> eps) {
+  const Mixer m = read_mixer(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain,
+                             pw_index, dw_index, activation, pw_residual);
+  check_input(x, m.shape);
+  check_input(grad, m.shape);
+  const int64_t tokens = x.size(0) * x.size(2) * x.size(3), stats = eps ? m.shape.depth * 2 * m.shape.channels : 0;
+  for (int64_t i = 0; i < 4; ++i) STD_TORCH_CHECK(grad.size(i) == x.size(i), "grad: expected the shape of x");
+  STD_TORCH_CHECK(dtype_of(saved, "saved") == m.shape.type && saved.is_contiguous() &&
+                      saved.numel() == saved_elements(m.shape, tokens),
+                  "saved: expected what the forward pass with the same arguments saved");
+  for (const Tensor* t : {&dw_stats, &pw_stats}) {
+    STD_TORCH_CHECK(dtype_of(*t, "stats") == DType::kFloat32 && t->is_contiguous() && t->numel() == stats,
+                    "dw_stats, pw_stats: expected what the forward pass with the same arguments returned");
+  }
+  return within_memory("x", [&] {
+    Tensor x_grad = output_for(x);
+    Tensors9 grads{x_grad,
+                   zeros_like(dw_weight, x),
+                   zeros_like(dw_bias, x),
+                   zeros_like(dw_affine, x),
+                   zeros_like(pw_weight, x),
+                   zeros_like(pw_bias, x),
+                   zeros_like(pw_affine, x),
+                   zeros_like(pw_coefficients, x),
+                   zeros_like(pw_gain, x)};
+    if (tokens == 0) return grads;
+    auto bytes = [](const Tensor& t) { return t.numel() ? static_cast<char*>(t.mutable_data_ptr()) : nullptr; };
+    auto floats = [&](const Tensor& t) { return reinterpret_cast<float*>(bytes(t)); };
+    const MixerGradients out{view_of(x_grad, m.shape.type), x_grad.stride(0),           bytes(std::get<1>(grads)),
+                             bytes(std::get<2>(grads)),     floats(std::get<3>(grads)), bytes(std::get<4>(grads)),
+                             bytes(std::get<5>(grads)),     floats(std::get<6>(grads)), floats(std::get<7>(grads)),
+                             floats(std::get<8>(grads))};
+    train_backward(training_kernels(), training_call(m, x, eps, dw_stats, pw_stats, saved), view_of(grad, m.shape.type),
+                   grad.stride(0), out, torch_parallel());
+    return grads;
   });
 }
 
@@ -296,6 +398,8 @@ int64_t release_workspace() { return Workspace::release_pool(); }
 
 STABLE_TORCH_LIBRARY_IMPL(spin, CPU, m) {
   m.impl("_mixer_cpu", TORCH_BOX(&spin::mixer_cpu));
+  m.impl("_mixer_train_cpu", TORCH_BOX(&spin::mixer_train_cpu));
+  m.impl("_mixer_backward_cpu", TORCH_BOX(&spin::mixer_backward_cpu));
   m.impl("_frozen_mixer", TORCH_BOX(&spin::frozen_mixer));
   m.impl("_frozen_network", TORCH_BOX(&spin::frozen_network));
   m.impl("_pack_mixer", TORCH_BOX(&spin::pack_mixer));

@@ -28,7 +28,7 @@ STABLE_TORCH_LIBRARY(spin, m) {
   // y, dw_stats, pw_stats and what backward needs. eps None: frozen statistics.
   m.def("_mixer(Tensor x, " MIXER_WEIGHTS ", float? eps, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
   // Gradients of the nine tensors in order, empty for absent ones.
-  m.def("_mixer_backward(Tensor grad, Tensor saved, Tensor x, " MIXER_WEIGHTS
+  m.def("_mixer_backward(Tensor grad, Tensor dw_stats, Tensor pw_stats, Tensor saved, Tensor x, " MIXER_WEIGHTS
         ", float? eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "_compose_superweights_backward(Tensor grad, Tensor bank, Tensor coefficients, int[] pieces, "
@@ -39,6 +39,9 @@ STABLE_TORCH_LIBRARY(spin, m) {
 
   // The C++ CPU kernels: inference with frozen statistics, from plain or from packed weights.
   m.def("_mixer_cpu(Tensor x, " MIXER_WEIGHTS ") -> Tensor");
+  m.def("_mixer_train_cpu(Tensor x, " MIXER_WEIGHTS ", float? eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("_mixer_backward_cpu(Tensor grad, Tensor dw_stats, Tensor pw_stats, Tensor saved, Tensor x, " MIXER_WEIGHTS
+        ", float? eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("_pack_mixer(" MIXER_WEIGHTS ") -> Tensor");
   m.def("_frozen_mixer(Tensor x, Tensor packed) -> Tensor");
   m.def("_pack_network(" ENDS MIXER_WEIGHTS ") -> Tensor");

@@ -1,0 +1,172 @@
+// What the two directions of training share: where things lie, and the input of a block from what was saved.
+//
+// The whole batch is one row of tokens: a line is [token of the batch][lane], so a line item sees all values of its
+// channels and BatchNorm's sums need no other thread. Products take bands of tokens whose panels fit L2.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "train.h"
+#include "workspace.h"
+
+namespace spin {
+
+constexpr int64_t kMaxLanes = 16;
+constexpr int64_t kAnchorInterval = 8;  // blocks between two saved inputs where residuals chain the blocks
+alignas(kCacheLine) inline constexpr float kZeros[kMaxLanes] = {};
+alignas(kCacheLine) inline constexpr float kOnes[kMaxLanes] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+
+enum class Stage { kDepthwise = 0, kPointwise = 1 };  // of a block: which of its two activations
+
+// A normalisation of one vector of channels: scale * u + shift, of values around `center`.
+struct Norm {
+  alignas(kCacheLine) float scale[kMaxLanes], shift[kMaxLanes], center[kMaxLanes], inverse_deviation[kMaxLanes];
+};
+
+class Training {
+ protected:
+  Training(const Kernels& kernels, const TrainingCall& call, const Parallel& parallel)
+      : k_(kernels),
+        call_(call),
+        shape_(call.shape),
+        composed_(call.weights.pw_coefficients != nullptr),
+        in_place_(!composed_ && call.weights.type == DType::kFloat32),
+        net_(kernels, call.shape, in_place_ ? 0 : call.shape.matrices),
+        lanes_(kernels.lanes),
+        lines_(net_.lines(shape_.channels)),
+        height_(call.input.height),
+        width_(call.input.width),
+        plane_(height_ * width_ * lanes_),
+        tokens_(call.batch * height_ * width_),
+        line_(tokens_ * lanes_) {
+    const double flops = 2.0 * shape_.depth * tokens_ * shape_.channels * shape_.channels;
+    threads_ = int(std::clamp(flops / kFlopsPerThread, 1.0, double(parallel.threads)));
+    const int64_t fitting = round_up(std::clamp(kBandFloats / (lines_ * lanes_), kLeastBand, kMostBand), lanes_);
+    bands_ = ceil_div(tokens_, fitting);
+    band_tokens_ = round_up(ceil_div(tokens_, bands_), lanes_);
+    bands_ = ceil_div(tokens_, band_tokens_);
+    chunks_ = std::min(lines_, std::max<int64_t>(1, ceil_div(4 * threads_, bands_)));
+  }
+
+  static constexpr int64_t kBandFloats = 9 << 15;  // of a band's panels: what L2 holds beside the rows of weights
+  static constexpr int64_t kLeastBand = 48, kMostBand = 256;
+  static constexpr double kFlopsPerThread = 2e6;
+
+  struct Band {
+    int64_t first, tokens;
+  };
+  Band band(int64_t b) const {
+    const int64_t first = b * band_tokens_;
+    return {first, std::min(band_tokens_, tokens_ - first)};
+  }
+  int64_t panel_floats() const { return lines_ * lanes_ * round_up(tokens_, lanes_); }
+
+  // ---- memory ----
+
+  float* take_floats(int64_t count) { return reinterpret_cast<float*>(take(count * 4)); }
+  // The first pass only counts; the second hands out.
+  char* take(int64_t bytes) {
+    char* at = memory_ ? memory_ + used_ : nullptr;
+    used_ += round_up(bytes, kCacheLine);
+    return at;
+  }
+
+  // ---- parameters ----
+
+  int64_t packing_items() const {
+    return net_.parameter_items() + (in_place_ ? 0 : shape_.matrices * net_.vectors(shape_.channels));
+  }
+  void pack(int64_t item) const {
+    const int64_t parameters = net_.parameter_items(), vectors = net_.vectors(shape_.channels);
+    if (item < parameters) return net_.pack_parameters(call_.weights, item);
+    const int64_t matrix = (item - parameters) / vectors;
+    net_.pack_rows(call_.weights, matrix, matrix, (item - parameters) % vectors);
+  }
+  Pointwise matrix(int64_t d) const {
+    return in_place_ ? net_.pointwise(d, call_.weights) : net_.pointwise(d, shape_.pw_index[d]);
+  }
+
+  float* statistics(Stage stage, int64_t d, int64_t line) const {
+    float* base = stage == Stage::kDepthwise ? call_.dw_stats : call_.pw_stats;
+    return base + 2 * d * shape_.channels + line * lanes_;
+  }
+  int64_t channels_of(int64_t line) const { return std::min(lanes_, shape_.channels - line * lanes_); }
+
+  Norm norm(Stage stage, int64_t d, int64_t line) const {
+    const float *scale, *shift;
+    if (stage == Stage::kDepthwise) {
+      const Network::Depthwise w = net_.depthwise(d, line);
+      scale = w.scale, shift = w.shift;
+    } else {
+      const Pointwise w = net_.pointwise(d, 0);
+      scale = w.scale + line * lanes_, shift = w.shift + line * lanes_;
+    }
+    Norm n{};
+    const float* stats = call_.eps ? statistics(stage, d, line) : nullptr;
+    for (int64_t lane = 0; lane < channels_of(line); ++lane) {
+      n.scale[lane] = scale[lane], n.shift[lane] = shift[lane];
+      if (!stats) continue;
+      n.center[lane] = stats[lane];
+      n.inverse_deviation[lane] = 1 / std::sqrt(stats[shape_.channels + lane] + *call_.eps);
+      n.scale[lane] *= n.inverse_deviation[lane];
+      n.shift[lane] -= n.center[lane] * n.scale[lane];
+    }
+    return n;
+  }
+
+  // ---- what is saved ----
+
+  char* saved(int64_t index, int64_t line) const {
+    return call_.saved + (index * lines_ + line) * line_ * size_of(shape_.type);
+  }
+  Activated activated(Stage stage, int64_t d, int64_t line) const {
+    return {saved(2 * d + int64_t(stage), line), shape_.type, shape_.activation, call_.eps.has_value(), tokens_};
+  }
+  bool anchored(int64_t d) const { return shape_.pw_residual && d > 0 && d % kAnchorInterval == 0; }
+  Activated anchor(int64_t d, int64_t line) const {
+    return {saved(2 * shape_.depth + d / kAnchorInterval - 1, line), shape_.type, Activation::kIdentity, true, tokens_};
+  }
+
+  // scale * act(saved) + shift (+ residual).
+  void transform(Stage stage, int64_t d, int64_t line, const float* residual, float* out) const {
+    const Norm n = norm(stage, d, line);
+    k_.transform({activated(stage, d, line), n.scale, n.shift, residual, out});
+  }
+
+  void load(const External& first, int64_t stride, int64_t line, float* out) const {
+    External image = first;
+    for (int64_t i = 0; i < call_.batch; ++i, image.data += stride * size_of(image.type)) {
+      k_.load(image, line, reinterpret_cast<char*>(out + i * plane_));
+    }
+  }
+  void store(const float* from, int64_t line, const External& first, int64_t stride) const {
+    External image = first;
+    for (int64_t i = 0; i < call_.batch; ++i, image.data += stride * size_of(image.type)) {
+      k_.store(reinterpret_cast<const char*>(from + i * plane_), line, image);
+    }
+  }
+
+  void pack_tokens(const float* line_of_tokens, int64_t line, float* panels) const {
+    for (int64_t b = 0; b < bands_; ++b) {
+      const Band at = band(b);
+      k_.pack_tokens({reinterpret_cast<const char*>(line_of_tokens + at.first * lanes_), at.tokens, line, lines_,
+                      reinterpret_cast<char*>(panels + at.first * lines_ * lanes_)});
+    }
+  }
+
+  const Kernels& k_;
+  const TrainingCall& call_;
+  const NetworkShape& shape_;
+  const bool composed_, in_place_;  // matrices are sums; are read where they are
+  Network net_;
+  const int64_t lanes_, lines_, height_, width_;
+  const int64_t plane_, tokens_, line_;  // floats of an image in a line; tokens of the batch; floats of a line
+  int64_t bands_, band_tokens_, chunks_;
+  int threads_;
+  char* memory_ = nullptr;
+  int64_t used_ = 0;
+};
+
+}  // namespace spin

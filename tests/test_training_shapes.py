@@ -1,0 +1,124 @@
+"""Gradients of the fused kernels against the reference's in float64, frozen and batch statistics, on random shapes."""
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from arguments import cast, mixer_arguments, tensors_of
+from test_random_shapes import draws, expected_format
+from torch import Tensor
+
+from spin_kernels import reference
+
+CHUNKS = 10
+SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "400"))
+EPS = 1e-5
+BLOCK, TRAIN = torch.ops.spin.shared_mixer_block.default, torch.ops.spin.shared_mixer_block_train.default
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def differentiate(y: Tensor, a: dict[str, Any], grad: Tensor) -> dict[str, Tensor]:
+    tensors = tensors_of(a)
+    grads = torch.autograd.grad(y, list(tensors.values()), grad.to(y.dtype), allow_unused=True, materialize_grads=True)
+    return dict(zip(tensors, grads, strict=True))
+
+
+def leaves(a: dict[str, Any]) -> dict[str, Any]:
+    return {n: v.detach().requires_grad_() if isinstance(v, Tensor) else v for n, v in a.items()}
+
+
+def plain(a: dict[str, Any], dtype: torch.dtype, eps: float | None, grad: Tensor) -> dict[str, Tensor]:
+    """Output, statistics and gradients of the reference; float64 or the call's own types."""
+    a = leaves(cast(a, dtype) if dtype == torch.float64 else a)
+    y, dw_stats, pw_stats = reference.mixer(**a, eps=eps)
+    results = {"y": y.detach(), **{f"grad {n}": g for n, g in differentiate(y, a, grad).items()}}
+    return results if eps is None else results | {"dw_stats": dw_stats, "pw_stats": pw_stats}
+
+
+def fused(a: dict[str, Any], eps: float | None, grad: Tensor) -> dict[str, Tensor]:
+    a = leaves(a)
+    if eps is None:
+        y = BLOCK(**a)
+        return {"y": y.detach(), **{f"grad {n}": g for n, g in differentiate(y, a, grad).items()}}
+    y, dw_stats, pw_stats = TRAIN(**a, eps=eps)
+    gradients = {f"grad {n}": g for n, g in differentiate(y, a, grad).items()}
+    return {"y": y.detach(), **gradients, "dw_stats": dw_stats, "pw_stats": pw_stats}
+
+
+def assert_right(
+    got: dict[str, Tensor], exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype,
+    factor: float = 1.5, slack: float = 0.01,
+) -> None:  # fmt: skip
+    largest = max((exact[n].norm() for n in exact if n.startswith("grad")), default=torch.zeros(()))
+    for name, value in got.items():
+        norm = exact[name].norm()
+        error, of_plain = ((t[name].double() - exact[name]).norm() for t in (got, same))
+        assert value.shape == exact[name].shape, name
+        if name.startswith("grad"):
+            norm = torch.maximum(norm, 1e-6 * largest)
+        if dtype == torch.float32:
+            # Sums that cancel behind BatchNorm: one draw in a thousand is a little further off than the rule allows.
+            bound = max((1.5e-4 if name.startswith("grad") else 1e-5) * norm, 3 * of_plain)
+        else:
+            bound = factor * of_plain + slack * norm
+        assert error <= bound, f"{name}: error {error / norm:.2e}, of plain PyTorch {of_plain / norm:.2e}"
+
+
+def is_degenerate(a: dict[str, Any]) -> bool:
+    """Few values, whose variance magnifies rounding; or weights whose scale BatchNorm takes out again: their gradients
+    are zero but for rounding."""
+    batch, channels, height, width = a["x"].shape
+    return batch * height * width < 48 or channels == 1 or a["activation"] == "identity"
+
+
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_gradients(chunk: int, statistics: str) -> None:
+    eps = EPS if statistics == "batch" else None
+    for _, a in draws(chunk, SHAPES // 2):
+        batch, _, height, width = a["x"].shape
+        if batch == 0 or (eps is not None and is_degenerate(a)):
+            continue
+        grad = torch.randn(a["x"].shape, dtype=torch.float64).to(a["x"].dtype)
+        before = {name: tensor.clone() for name, tensor in tensors_of(a).items()}
+        got = fused(a, eps, grad)
+        for name, tensor in tensors_of(a).items():
+            assert torch.equal(tensor, before[name]), f"{name} was changed"
+            assert got[f"grad {name}"].dtype == tensor.dtype
+        assert got["grad x"].is_contiguous(memory_format=expected_format(a["x"]))
+        dtype = a["x"].dtype
+        if dtype != torch.float32 and eps is not None:
+            continue  # of so few values a rounded one can decide over a variance: see the next test
+        # In 16 bits the sign of a value near zero is open: relu passes or stops its whole gradient.
+        assert_right(got, plain(a, torch.float64, eps, grad), plain(a, dtype, eps, grad), dtype, 3, 0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("statistics", ["frozen", "batch"])
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_gradients_of_a_usual_shape(activation: str, statistics: str, dtype: torch.dtype) -> None:
+    eps = EPS if statistics == "batch" else None
+    shape = {"batch": 4, "channels": 64, "height": 16, "width": 16, "kernel": 5, "depth": 4, "matrices": 2}
+    a = mixer_arguments(**shape, dtype=dtype, activation=activation, pw_residual=activation == "relu")
+    grad = torch.randn(a["x"].shape, dtype=torch.float64).to(dtype)
+    assert_right(fused(a, eps, grad), plain(a, torch.float64, eps, grad), plain(a, dtype, eps, grad), dtype)
+
+
+def test_infinite_and_missing_values_stay_where_plain_pytorch_has_them() -> None:
+    for value in (math.nan, math.inf):
+        a = mixer_arguments(batch=3, channels=20, height=9, width=9, kernel=3, depth=2, activation="relu")
+        a["x"][1, 3, 4, 4] = value
+        grad = torch.randn_like(a["x"])
+        got, exact = fused(a, None, grad), plain(a, torch.float64, None, grad)
+        for name in got:
+            assert torch.equal(got[name].isfinite(), exact[name].isfinite()), name
