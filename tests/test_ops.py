@@ -110,7 +110,7 @@ def test_opcheck_private(channels_last: bool, eps: float | None) -> None:
     grad = torch.randn_like(arguments["x"])
     private = private_arguments(arguments, eps)
     opcheck(spin._mixer.default, (*private, False))
-    y, *stats_and_saved = spin._mixer.default(*private, True)
+    _, *stats_and_saved = spin._mixer.default(*private, True)
     opcheck(spin._mixer_backward.default, (grad, *stats_and_saved, *private))
     # Where the forward pass saved nothing, the backward pass begins with one that does.
     expected = spin._mixer_backward.default(grad, *stats_and_saved, *private)

@@ -14,22 +14,30 @@ NAMES = (
 
 REGIMES: dict[str, list[dict[str, Any]]] = {
     "channels": [{"C": C} for C in (1, 3, 4, 8, 9, 15, 16, 17, 31, 32, 48, 49, 64, 65)],
-    "tokens": [{"H": H, "W": W, "k": 3, "C": 16, "B": 1} for H, W in ((1, 13), (3, 5), (4, 4), (7, 7), (16, 17), (33, 32))],
+    "tokens": [
+        {"H": H, "W": W, "k": 3, "C": 16, "B": 1} for H, W in ((1, 13), (3, 5), (4, 4), (7, 7), (16, 17), (33, 32))
+    ],
     "kernels": [
         {"k": k, "H": H, "W": W, "C": 17, "D": 1} for k in (1, 3, 5, 7, 9, 11, 31) for H, W in ((3, 4), (5, 7), (2, 35))
     ],
     "batches": [{"B": B, "C": 9, "D": D} for B in (1, 2, 5) for D in (0, 1, 2, 4)],
-    "activations": [{"activation": name, "C": 33, "bias": b} for name in ("gelu", "gelu_tanh", "silu", "identity") for b in (True, False)],
+    "activations": [
+        {"activation": name, "C": 33, "bias": bias}
+        for name in ("gelu", "gelu_tanh", "silu", "identity")
+        for bias in (True, False)
+    ],
     "sharing": [
         {"D": 4, "S": 1, "filters": 1, "C": 32},
         {"D": 3, "S": 5, "filters": 6},
         {"D": 4, "pw_index": [2, 0, 2, 1], "filters": 2, "pw_residual": True},
     ],
     "templates": [
-        {"D": 3, "S": 2, "templates": T, "C": C, "gain": T == 3, "pw_residual": T == 2} for T in (1, 2, 3) for C in (1, 17, 48)
+        {"D": 3, "S": 2, "templates": T, "C": C, "gain": T == 3, "pw_residual": T == 2}
+        for T in (1, 2, 3)
+        for C in (1, 17, 48)
     ],
     "residuals": [{"D": D, "C": 16, "pw_residual": True, "gain": D == 9} for D in (1, 8, 9, 17)],
-}  # fmt: skip
+}
 
 
 def gradients(a: dict[str, Any], grad: Array, isa: str, eps: float | None, threads: int = 1) -> tuple[Any, ...]:

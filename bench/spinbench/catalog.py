@@ -10,6 +10,7 @@ PEERS = {  # the name --peers takes -> its variants
     "openvino": ("openvino",),
     "onnxruntime": ("onnxruntime",),
 }
+TRAINING_PEERS = ("eager", "compile")
 DEVICE_PEERS = {
     "cpu": ("eager", "compile", "openvino", "onnxruntime"),
     "cuda": ("eager", "compile", "autotune"),
@@ -18,9 +19,11 @@ DEVICE_PEERS = {
 
 def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
     """The providers of a run: ours, then all variants of the peers (None: all; eager for blocks)."""
+    ours = ("spin",) if suite == "train" else OURS
+    able = [peer for peer in DEVICE_PEERS[device] if suite != "train" or peer in TRAINING_PEERS]
     if peers is None:
-        peers = list(DEVICE_PEERS[device]) if suite == "networks" else ["eager"]
-    return [*OURS, *(variant for peer in peers for variant in PEERS[peer])]
+        peers = able if suite in ("networks", "train") else ["eager"]
+    return [*ours, *(variant for peer in peers if peer in able for variant in PEERS[peer])]
 
 
 def unsupported(provider: str, dtype: str) -> str | None:

@@ -7,6 +7,9 @@ flops, per image of T tokens, depth D, width C, kernel k, patch p (a multiply-ad
     pointwise  D * 2 * C * C * T           head       2 * C * classes
     activation (2 * D + 1) * C * T values (2 * D without a stem) times ACTIVATION_FLOPS
 bytes: every distinct weight once in the call's dtype, the float32 input and the float32 output once.
+
+A training step (forward, cross-entropy, backward) counts every product and convolution three times, the stem, whose
+input needs no gradient, twice, and the activations twice (value and derivative); its bytes three times.
 """
 
 from __future__ import annotations
@@ -47,6 +50,12 @@ class Network:
             total += 2 * 3 * self.patch**2 * c * t + c * t * ACTIVATION_FLOPS[self.activation] + 2 * c * self.classes
         return batch * total
 
+    def training_flops(self, batch: int) -> int:
+        c, t = self.dim, self.tokens
+        activation = (2 * self.depth + bool(self.patch)) * c * t * ACTIVATION_FLOPS[self.activation]
+        stem = 2 * 3 * self.patch**2 * c * t
+        return 3 * self.flops(batch) - batch * (activation + stem)
+
     def bytes(self, batch: int, dtype: str) -> int:
         c, d, matrices = self.dim, self.depth, -(-self.depth // self.rate)
         weights = d * (self.kernel**2 + 1) * c + matrices * (c + 1) * c
@@ -72,6 +81,15 @@ class Case:
     network: Network
     batch: int
     dtype: str
+    training: bool = False  # a step, bfloat16 by autocast, instead of a forward pass
+
+    @property
+    def flops(self) -> int:
+        return self.network.training_flops(self.batch) if self.training else self.network.flops(self.batch)
+
+    @property
+    def bytes(self) -> int:
+        return (3 if self.training else 1) * self.network.bytes(self.batch, self.dtype)
 
 
 NETWORKS = (
@@ -98,12 +116,26 @@ SHARING = tuple(
     for dim, kernel in ((768, 3), (256, 5))
     for rate in (1, 2, 4, 8, 16, 32)
 )
-SUITES = {"networks": NETWORKS, "blocks": BLOCKS, "sharing": SHARING}
+TRAIN = (NETWORKS[0], NETWORKS[2])
+SUITES = {"networks": NETWORKS, "blocks": BLOCKS, "sharing": SHARING, "train": TRAIN}
+TRAIN_BATCH = {TRAIN[0].name: 4, TRAIN[1].name: 32}
 
 
-def cases(suite: str, batches: list[int], dtypes: list[str], quick: bool = False) -> list[Case]:
-    """The cases of a suite, small ones first within a network; quick keeps the suite's smallest network."""
+def cases(suite: str, batches: list[int] | None, dtypes: list[str], quick: bool = False) -> list[Case]:
+    """The cases of a suite, small ones first within a network; quick keeps the suite's smallest network. Without
+    `batches` the suite's own."""
     networks = SUITES[suite]
     if quick:
         networks = (min(networks, key=lambda network: network.flops(1)),)
-    return [Case(network, batch, dtype) for network in networks for batch in batches for dtype in dtypes]
+    training = suite == "train"
+
+    def batches_of(network: Network) -> list[int]:
+        own = [TRAIN_BATCH[network.name]] if training else [1, 8] if suite == "networks" and not quick else [1]
+        return batches or own
+
+    return [
+        Case(network, batch, dtype, training)
+        for network in networks
+        for batch in batches_of(network)
+        for dtype in dtypes
+    ]

@@ -84,11 +84,19 @@ def show(console: Console, rows: list[dict], failures: list[dict], ceilings: Cei
 
 
 def table(rows: list[dict]) -> Table:
-    per_block = any("block" in row["net"] for row in rows)
+    per_block, training = (any(test(row) for row in rows) for test in (is_of_blocks, is_training))
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("case", no_wrap=True)
     table.add_column("provider", no_wrap=True)
-    for name in ("ms", "spread", *(["us/block"] if per_block else []), "of floor", "ratio", "error (L2)"):
+    for name in (
+        "ms",
+        "spread",
+        *(["us/block"] if per_block else []),
+        "of floor",
+        "ratio",
+        "error (L2)",
+        *(["held MB", "peak MB"] if training else []),
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for (net, batch, dtype), group in groupby(rows, case_of):
         group = list(group)
@@ -101,13 +109,21 @@ def table(rows: list[dict]) -> Table:
         if group[0]["pace"]:
             lines.append(f"  machine at {group[0]['pace']:.0%}")
         for line, row in zip_longest(lines, group):
-            cells = [""] if row is None else cells_of(row, row["provider"] in best, per_block)
+            cells = [""] if row is None else cells_of(row, row["provider"] in best, per_block, training)
             table.add_row(line or "", *cells, style="bold" if row and row["provider"] in OURS else None)
         table.add_section()
     return table
 
 
-def cells_of(row: dict, best: bool, per_block: bool) -> list[str]:
+def is_of_blocks(row: dict) -> bool:
+    return "block" in row["net"]
+
+
+def is_training(row: dict) -> bool:
+    return "held_mb" in row
+
+
+def cells_of(row: dict, best: bool, per_block: bool, training: bool) -> list[str]:
     return [
         row["provider"] + ("*" if best else ""),
         f"{row['ms']:.3g}" if row["ms"] < 100 else f"{row['ms']:.0f}",
@@ -116,6 +132,7 @@ def cells_of(row: dict, best: bool, per_block: bool) -> list[str]:
         f"{row['fraction']:.0%}" if row["fraction"] else "-",
         f"{row['ratio']:.2f}" if row["ratio"] else "-",
         f"{row['error']:.1e}",
+        *([f"{row['held_mb']:.0f}", f"{row['peak_mb']:.0f}"] if training else []),
     ]
 
 

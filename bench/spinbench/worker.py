@@ -154,8 +154,8 @@ class WorkerState:
 
         return spin_runtime.multiply_add_rate(self.threads, seconds)
 
-    def make(self, network: Network, batch: int, seed: int) -> None:
-        """Write weights, inputs and the float64 outputs of one network, for all workers to load."""
+    def make(self, network: Network, batch: int, seed: int, training: bool) -> None:
+        """Write weights, inputs and the float64 outputs (training: gradients) of a network, for all workers to load."""
         import torch
 
         from spinbench import plain
@@ -164,8 +164,15 @@ class WorkerState:
         x = plain.make_input(network, batch, seed)
         model = plain.make_plain(network, x, seed)
         state = model.state_dict()  # keeps the float32 tensors: double() below puts new ones in the model
-        with torch.no_grad():
-            reference = model.double()(x.double())
+        if training:
+            from spinbench.training import gradient, loss_of
+
+            model = model.double().train()
+            loss_of(model, x.double()).backward()
+            reference = gradient(model)
+        else:
+            with torch.no_grad():
+                reference = model.double()(x.double())
         torch.save({"state": state, "x": x, "reference": reference}, self.folder / f"{network.name}.pt")
 
     def prepare(self, case: Case) -> dict[str, float]:
@@ -176,14 +183,22 @@ class WorkerState:
 
         self.run = None
         torch.set_num_threads(self.threads)
-        torch.set_grad_enabled(False)
+        torch.set_grad_enabled(case.training)
         torch.compiler.reset()
         data = torch.load(self.folder / f"{case.network.name}.pt")
-        x, reference = data["x"][: case.batch].to(self.device), data["reference"][: case.batch]
+        x = data["x"][: case.batch].to(self.device)
+        reference = data["reference"] if case.training else data["reference"][: case.batch]
         model = plain.load_plain(case.network, data["state"])
         folder = self.folder / self.name.replace(" ", "_")
         folder.mkdir(exist_ok=True)
-        run = providers.BUILDERS[self.name](providers.Job(case, model, x, self.threads, folder))
+        job = providers.Job(case, model, x, self.threads, folder)
+        memory: dict[str, float] = {}
+        if case.training:
+            from spinbench.training import make_step
+
+            run, memory = make_step(self.name, job)
+        else:
+            run = providers.BUILDERS[self.name](job)
         self.sync = torch.cuda.synchronize if self.device == "cuda" else lambda: None
         for _ in range(2):  # the first call may compile
             output = torch.as_tensor(run()).clone()
@@ -196,6 +211,7 @@ class WorkerState:
         return {
             "error": float(difference.norm() / reference.norm()),
             "max_error": float(difference.abs().max()),
+            **memory,
         }
 
     def burst(self, most_calls: int, least_calls: int, seconds: float) -> list[float]:

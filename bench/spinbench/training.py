@@ -1,0 +1,78 @@
+"""A training step of ours and of the peers, and the memory it takes. Imports torch.
+
+The step: gradients to None, forward, cross-entropy, backward; no optimizer, which is the same for all. bfloat16 is
+autocast. What is compared is the gradient of the stem's weight: the last one made, everything before it went into it.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spinbench.providers import Job
+
+
+def loss_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    logits = model(x)
+    return F.cross_entropy(logits, torch.arange(len(x), device=x.device) % logits.shape[1])
+
+
+def gradient(model: nn.Module) -> Tensor:
+    """Of the stem's weight: the first convolution of ours and of the plain network alike."""
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return stem.weight.grad.contiguous()
+
+
+def make_step(name: str, job: Job) -> tuple[Callable[[], Tensor], dict[str, float]]:
+    """The step of a provider, and megabytes: held between forward and backward (without parameters and their casts),
+    and by which the process's peak grew when the step first ran (compiling included)."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    x = job.x
+    if name == "spin":
+        from spinbench.ours import make_ours
+
+        model = make_ours(job.case.network, job.plain).to(x.device)
+    else:
+        layout = torch.channels_last if name.endswith("channels_last") else torch.contiguous_format
+        model, x = job.plain.to(x.device).to(memory_format=layout), x.to(memory_format=layout)
+    model.train()
+    call = torch.compile(model, dynamic=False) if name.startswith("compile") else model
+
+    def forward() -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=job.case.dtype == "bfloat16"):
+            return loss_of(call, x)
+
+    def step() -> Tensor:
+        for parameter in model.parameters():
+            parameter.grad = None
+        forward().backward()
+        return gradient(model).float()
+
+    step()
+    held = held_bytes(forward, model)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    return step, {"held_mb": held / 1e6, "peak_mb": peak * 1024 / 1e6}
+
+
+def held_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes of the distinct storages that autograd keeps, without those of parameters, buffers and their casts."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    shapes = {p.numel() for p in model.parameters() if p.dim() > 1}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        is_cast = t.dtype != torch.float32 and t.numel() in shapes
+        if storage.data_ptr() not in own and not is_cast:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = forward()
+    total = sum(kept.values())
+    del loss
+    return total
