@@ -232,7 +232,8 @@ Tensors4 mixer_train_cpu(const Tensor& x, const Tensor& dw_weight, const std::op
     const int64_t depth = m.shape.depth, tokens = x.size(0) * x.size(2) * x.size(3);
     const std::vector<int64_t> stats = eps ? std::vector<int64_t>{depth, 2, m.shape.channels} : std::vector<int64_t>{0};
     Tensor y = output_for(x), dw_stats = new_tensor(x, stats, ScalarType::Float),
-           pw_stats = new_tensor(x, stats, ScalarType::Float), saved = pooled(x, saved_elements(m.shape, tokens), size_of(m.shape.type));
+           pw_stats = new_tensor(x, stats, ScalarType::Float),
+           saved = pooled(x, saved_elements(m.shape, tokens), size_of(m.shape.type));
     if (tokens > 0) {
       train_forward(training_kernels(), training_call(m, x, eps, dw_stats, pw_stats, saved), view_of(y, m.shape.type),
                     y.stride(0), torch_parallel());
