@@ -6,8 +6,10 @@ autocast. What is compared is the gradient of the stem's weight: the last one ma
 
 from __future__ import annotations
 
-import resource
+import ctypes
+import gc
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +31,7 @@ def gradient(model: nn.Module) -> Tensor:
 
 def make_step(name: str, job: Job) -> tuple[Callable[[], Tensor], dict[str, float]]:
     """The step of a provider, and megabytes: held between forward and backward (without parameters and their casts),
-    and by which the process's peak grew when the step first ran (compiling included)."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    and by which a step's peak of resident memory is above what the process had with its model and nothing else."""
     x = job.x
     if name == "spin":
         from spinbench.ours import make_ours
@@ -52,10 +53,31 @@ def make_step(name: str, job: Job) -> tuple[Callable[[], Tensor], dict[str, floa
         forward().backward()
         return gradient(model).float()
 
+    step()  # may compile
+    trim()
+    before = resident("VmRSS")
+    reset_peak()
     step()
-    held = held_bytes(forward, model)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return step, {"held_mb": held / 1e6, "peak_mb": peak * 1024 / 1e6}
+    peak = resident("VmHWM") - before
+    return step, {"held_mb": held_bytes(forward, model) / 1e6, "peak_mb": peak / 1e6}
+
+
+def trim() -> None:
+    """Gives the system back what allocators keep for the next step."""
+    gc.collect()
+    if hasattr(torch.ops.spin, "_release_workspace"):
+        torch.ops.spin._release_workspace()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (the peak since the last reset), bytes."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
 def held_bytes(forward: Callable[[], Tensor], model: nn.Module) -> int:
