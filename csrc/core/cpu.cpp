@@ -1,5 +1,7 @@
 #include "cpu.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
@@ -24,6 +26,19 @@ const CpuFeatures& cpu_features() {
 #endif
   }();
   return features;
+}
+
+int64_t band_bytes() {
+  // Measured with 2 MB of L2 (best calls): at 32 x 32 tokens of 1024 channels, batch 2, bands of 0.6, 1.1, 2 and 5 MB
+  // take 264, 262, 268 and 312 ms.
+  static const int64_t bytes = [] {
+    int64_t l2 = 0;
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+    l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return (l2 > 0 ? l2 : 1 << 20) * 5 / 8;
+  }();
+  return bytes;
 }
 
 std::vector<std::string> available_isas() {

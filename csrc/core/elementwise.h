@@ -1,6 +1,8 @@
 // What training does to one vector of channels between the convolutions: normalise, measure, differentiate.
 //
-//   transform             out = scale * act(pre) + shift (+ residual)
+//   transform             out = scale * (act(pre) - center) + shift (+ residual); with the center folded into the
+//   shift, scales
+//                         of small variances would magnify the rounding of values far from zero
 //   moments               mean and squared deviations of act(pre)
 //   gradient_sums         sum g, sum g (act(pre) - center)
 //   activation_gradient   act'(pre) (p g + q (act(pre) - center) + r), and its sum
@@ -72,10 +74,10 @@ struct Elementwise {
   }
 
   static void transform(const TransformArgs& args) {
-    const F scale = V::load(args.scale), shift = V::load(args.shift);
+    const F center = V::load(args.center), scale = V::load(args.scale), shift = V::load(args.shift);
     specialise(args.a, [&](auto act, auto, auto load) {
       for (int64_t t = 0; t < args.a.tokens; ++t) {
-        F value = V::fma(act(load(t)), scale, shift);
+        F value = V::fma(V::sub(act(load(t)), center), scale, shift);
         if (args.residual) value = V::add(value, V::load(args.residual + t * kLanes));
         V::store(args.out + t * kLanes, value);
       }

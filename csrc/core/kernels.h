@@ -84,10 +84,10 @@ struct Activated {
   int64_t tokens;
 };
 
-// out = scale * act(pre) + shift (+ residual); the residual may be the output.
+// out = scale * (act(pre) - center) + shift (+ residual); the residual may be the output.
 struct TransformArgs {
   Activated a;
-  const float *scale, *shift;
+  const float *center, *scale, *shift;
   const float* residual;  // null: none
   float* out;
 };

@@ -127,7 +127,7 @@ class Backward : Training {
     if (first == 0) {
       load(call_.input, call_.input_stride, line, x);
     } else {
-      k_.transform({anchor(first, line), kOnes, kZeros, nullptr, x});
+      k_.transform({anchor(first, line), kZeros, kOnes, kZeros, nullptr, x});
     }
     float* y = plane(thread, 0);
     for (int64_t block = first; block < d; ++block) {
@@ -184,7 +184,7 @@ class Backward : Training {
       panel_input = plane(thread, 0);
       const float* gain = net_.pointwise(d, 0).gain + line * lanes_;
       const Activated same{reinterpret_cast<const char*>(c), DType::kFloat32, Activation::kIdentity, true, tokens_};
-      k_.transform({same, gain, kZeros, nullptr, panel_input});
+      k_.transform({same, kZeros, gain, kZeros, nullptr, panel_input});
     }
     pack_tokens(panel_input, line, panels_);
     if (shape_.pw_residual && (d + 1 == shape_.depth || (d + 1) % kAnchorInterval == 0))

@@ -20,7 +20,7 @@ alignas(kCacheLine) inline constexpr float kOnes[kMaxLanes] = {1, 1, 1, 1, 1, 1,
 
 enum class Stage { kDepthwise = 0, kPointwise = 1 };  // of a block: which of its two activations
 
-// A normalisation of one vector of channels: scale * u + shift, of values around `center`.
+// A normalisation of one vector of channels: scale * (u - center) + shift.
 struct Norm {
   alignas(kCacheLine) float scale[kMaxLanes], shift[kMaxLanes], center[kMaxLanes], inverse_deviation[kMaxLanes];
 };
@@ -43,14 +43,13 @@ class Training {
         line_(tokens_ * lanes_) {
     const double flops = 2.0 * shape_.depth * tokens_ * shape_.channels * shape_.channels;
     threads_ = int(std::clamp(flops / kFlopsPerThread, 1.0, double(parallel.threads)));
-    const int64_t fitting = round_up(std::clamp(kBandFloats / (lines_ * lanes_), kLeastBand, kMostBand), lanes_);
+    const int64_t fitting = round_up(std::clamp(band_bytes() / (lines_ * lanes_ * 4), kLeastBand, kMostBand), lanes_);
     bands_ = ceil_div(tokens_, fitting);
     band_tokens_ = round_up(ceil_div(tokens_, bands_), lanes_);
     bands_ = ceil_div(tokens_, band_tokens_);
     chunks_ = std::min(lines_, std::max<int64_t>(1, ceil_div(4 * threads_, bands_)));
   }
 
-  static constexpr int64_t kBandFloats = 9 << 15;  // of a band's panels: what L2 holds beside the rows of weights
   static constexpr int64_t kLeastBand = 48, kMostBand = 256;
   static constexpr double kFlopsPerThread = 2e6;
 
@@ -111,7 +110,6 @@ class Training {
       n.center[lane] = stats[lane];
       n.inverse_deviation[lane] = 1 / std::sqrt(stats[shape_.channels + lane] + *call_.eps);
       n.scale[lane] *= n.inverse_deviation[lane];
-      n.shift[lane] -= n.center[lane] * n.scale[lane];
     }
     return n;
   }
@@ -129,10 +127,10 @@ class Training {
     return {saved(2 * shape_.depth + d / kAnchorInterval - 1, line), shape_.type, Activation::kIdentity, true, tokens_};
   }
 
-  // scale * act(saved) + shift (+ residual).
+  // Normalised act(saved) (+ residual).
   void transform(Stage stage, int64_t d, int64_t line, const float* residual, float* out) const {
     const Norm n = norm(stage, d, line);
-    k_.transform({activated(stage, d, line), n.scale, n.shift, residual, out});
+    k_.transform({activated(stage, d, line), n.center, n.scale, n.shift, residual, out});
   }
 
   void load(const External& first, int64_t stride, int64_t line, float* out) const {

@@ -64,7 +64,7 @@ class Forward : Training {
     if (d < shape_.depth && anchored(d)) {  // rounded, as the backward pass will find it
       const Activated at = anchor(d, line);
       k_.narrow(x, shape_.type, line_, const_cast<char*>(at.pre));
-      k_.transform({at, kOnes, kZeros, nullptr, x});
+      k_.transform({at, kZeros, kOnes, kZeros, nullptr, x});
     }
     return x;
   }
