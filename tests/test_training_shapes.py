@@ -97,8 +97,8 @@ def test_gradients(chunk: int, statistics: str) -> None:
             assert got[f"grad {name}"].dtype == tensor.dtype
         assert got["grad x"].is_contiguous(memory_format=expected_format(a["x"]))
         dtype = a["x"].dtype
-        if dtype != torch.float32 and eps is not None:
-            continue  # of so few values a rounded one can decide over a variance: see the next test
+        if dtype != torch.float32 and (eps is not None or a["x"].numel() < 1000):
+            continue  # of few values a rounded one can decide over a variance or a whole gradient: see the next test
         # In 16 bits the sign of a value near zero is open: relu passes or stops its whole gradient.
         assert_right(got, plain(a, torch.float64, eps, grad), plain(a, dtype, eps, grad), dtype, 3, 0.2)
 
