@@ -56,7 +56,7 @@ def main(
         tuple(networks.ITEM_BYTES),
         "--dtype",
     )
-    names = None if peers is None else chosen(peers, catalog.DEVICE_PEERS[device], "--peers")
+    names = None if peers is None else chosen(peers, catalog.peers_of(suite, device), "--peers")
     try:
         batches = [int(value) for value in batch.split(",")] if batch else None
         if batches and min(batches) < 1:

@@ -209,7 +209,14 @@ def test_cuda_without_a_device(command):
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--suite", "none"), ("--batch", "0"), ("--dtype", "int8"), ("--only", "resnet"), ("--peers", "tvm")],
+    [
+        ("--suite", "none"),
+        ("--batch", "0"),
+        ("--dtype", "int8"),
+        ("--only", "resnet"),
+        ("--peers", "tvm"),
+        ("--peers", "openvino", "--suite", "train"),
+    ],
 )
 def test_bad_options(command, arguments):
     result = command(*arguments)

@@ -19,15 +19,7 @@ SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "1000"))
 WEIGHTS = ("dw_weight", "dw_bias", "dw_affine", "pw_weight", "pw_bias", "pw_affine", "pw_coefficients", "pw_gain")
 BLOCK = torch.ops.spin.shared_mixer_block.default
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The references' many small float64 convolutions crawl on a busy machine with more; test_threads.py has more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def sliced(x: Tensor) -> Tensor:

@@ -17,13 +17,17 @@ DEVICE_PEERS = {
 }
 
 
+def peers_of(suite: str, device: str) -> tuple[str, ...]:
+    """The names that --peers takes."""
+    return tuple(peer for peer in DEVICE_PEERS[device] if suite != "train" or peer in TRAINING_PEERS)
+
+
 def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
     """The providers of a run: ours, then all variants of the peers (None: all; eager for blocks)."""
     ours = ("spin",) if suite == "train" else OURS
-    able = [peer for peer in DEVICE_PEERS[device] if suite != "train" or peer in TRAINING_PEERS]
     if peers is None:
-        peers = able if suite in ("networks", "train") else ["eager"]
-    return [*ours, *(variant for peer in peers if peer in able for variant in PEERS[peer])]
+        peers = list(peers_of(suite, device)) if suite in ("networks", "train") else ["eager"]
+    return [*ours, *(variant for peer in peers for variant in PEERS[peer])]
 
 
 def unsupported(provider: str, dtype: str) -> str | None:

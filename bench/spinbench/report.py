@@ -84,7 +84,8 @@ def show(console: Console, rows: list[dict], failures: list[dict], ceilings: Cei
 
 
 def table(rows: list[dict]) -> Table:
-    per_block, training = (any(test(row) for row in rows) for test in (is_of_blocks, is_training))
+    per_block = any("block" in row["net"] for row in rows)
+    training = any("held_mb" in row for row in rows)
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("case", no_wrap=True)
     table.add_column("provider", no_wrap=True)
@@ -113,14 +114,6 @@ def table(rows: list[dict]) -> Table:
             table.add_row(line or "", *cells, style="bold" if row and row["provider"] in OURS else None)
         table.add_section()
     return table
-
-
-def is_of_blocks(row: dict) -> bool:
-    return "block" in row["net"]
-
-
-def is_training(row: dict) -> bool:
-    return "held_mb" in row
 
 
 def cells_of(row: dict, best: bool, per_block: bool, training: bool) -> list[str]:

@@ -10,7 +10,7 @@
 //     small.
 //   elsewhere: 1 - erf(z) = (a1 t + ... + a5 t^5) exp(-z^2), t = 1 / (1 + p z), Abramowitz & Stegun
 //     7.1.26, |error| <= 1.5e-7.
-// The derivative of gelu is Phi(x) + x exp(-x^2/2) / sqrt(2 pi), with the same h.
+// The derivative of gelu is Phi(x) + x exp(-x^2/2) / sqrt(2 pi), with h of degree 4.
 // exp(x) = 2^n e^r, n = round(x / ln 2), e^r to degree 6 on |r| <= ln 2 / 2 (1e-8
 // relative before rounding; interpolated in the Chebyshev nodes with the first two coefficients of the series).
 #pragma once

@@ -1,21 +1,22 @@
 // What training does to one vector of channels between the convolutions: normalise, measure, differentiate.
 //
-//   transform             out = scale * (act(pre) - center) + shift (+ residual); with the center folded into the
-//   shift, scales
-//                         of small variances would magnify the rounding of values far from zero
-//   moments               mean and squared deviations of act(pre)
-//   gradient_sums         sum g, sum g (act(pre) - center)
-//   activation_gradient   act'(pre) (p g + q (act(pre) - center) + r), and its sum
+//   transform            out = scale * (act(pre) - center) + shift (+ residual)
+//   moments              mean and squared deviations of act(pre)
+//   gradient_sums        sum g, sum g (act(pre) - center)
+//   activation_gradient  act'(pre) (p g + q (act(pre) - center) + r), and its sum
 //
-// With u = act(pre), BatchNorm's (m, v) over N values and s = gamma / sqrt(v + eps), the gradient of s (u - m) + beta
-// is
-//   du = s g - s / N sum g - (u - m) s / (v + eps) / N sum g (u - m):  p = s, q and r the other two; frozen: q = r = 0.
+// The center is not folded into the shift: the scale of a small variance would magnify the rounding of values that are
+// far from zero. With u = act(pre), BatchNorm's (m, v) over N values and s = gamma / sqrt(v + eps), the gradient of
+// s (u - m) + beta is
+//   du = s g - (s / N) sum g - (u - m) (s / (v + eps) / N) sum g (u - m):
+// p = s, q and r are the other two factors; with frozen statistics there are none.
 //
 // Activations are computed again wherever they are needed: saving them would double what training holds, and 7 (gelu)
 // or 1 (relu) clocks per vector are less than a product with 64 channels takes for it.
 // Cost: one to two passes over planes that fit L1 or L2.
 // Numerics: sums in chunks of 256 tokens, each in four chains, added up in order: the same bits at any number of
-// threads. Moments are two passes over a chunk in L1, combined by Chan, Golub and LeVeque's update.
+// threads. Moments are two passes over a chunk in L1, of which the second corrects the first one's mean; chunks are
+// combined in double by Chan, Golub and LeVeque's update: normalising magnifies the last bit of a mean.
 #pragma once
 #include "activation.h"
 #include "kernels.h"
@@ -49,7 +50,7 @@ struct Elementwise {
     });
   }
 
-  // Sums in order: body(token, add) with add(i, x) into sum i; `total` gets them added after each chunk.
+  // body(token, sums) adds to the sums of its chain; chunk by chunk they are added to `total`.
   template <int kSums, class Body>
   static SPIN_INLINE void sum(int64_t tokens, float* total, const Body& body) {
     F all[kSums];

@@ -40,7 +40,6 @@ namespace {
 constexpr int64_t kPackedBytes = 4 << 20;  // of compositions that are summed ahead of their use
 constexpr int64_t kGroupTokens = 256;      // of small images together: weights are read once for all of them
 constexpr int64_t kSmallMatrix = 1 << 20;  // an L2 keeps it beside the rest
-constexpr double kFlopsPerThread = 2e6;    // below this a second thread costs more than it brings
 
 // What happens to a group, one step after the other. Items of a step are independent of each other.
 struct Step {
@@ -84,7 +83,7 @@ class Runner {
     lines_ = net_.lines(shape_.channels);
     plane_bytes_ = height_ * width_ * k_.line_bytes;
     const double flops = 2.0 * batch.size * shape_.depth * height_ * width_ * shape_.channels * shape_.channels;
-    threads_ = int(std::clamp(flops / kFlopsPerThread, 1.0, double(parallel.threads)));
+    threads_ = useful_threads(flops, parallel);
     const int64_t image_bytes = lines_ * plane_bytes_;
     const int64_t fitting = std::min(band_bytes() / image_bytes, kGroupTokens / (height_ * width_));
     const int64_t fair = batch.size < threads_ ? batch.size : ceil_div(batch.size, int64_t(threads_));

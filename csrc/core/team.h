@@ -6,6 +6,7 @@
 //
 // Which thread does what never changes a result: every item writes its own place.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -21,6 +22,12 @@ struct Parallel {
   int threads;
   std::function<void(int threads, const std::function<void(int)>& body)> run;
 };
+
+// Threads that are worth waking for so many operations: below this a second one costs more than it brings.
+inline int useful_threads(double flops, const Parallel& parallel) {
+  constexpr double kFlopsPerThread = 2e6;
+  return int(std::clamp(flops / kFlopsPerThread, 1.0, double(parallel.threads)));
+}
 
 class Team {
  public:

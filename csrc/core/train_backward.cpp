@@ -77,8 +77,7 @@ class Backward : Training {
     planes_ = take_floats(threads_ * 2 * line_);
     flipped_ = take_floats(threads_ * area() * lanes_);
     rows_ = take_floats(direct_ ? 0 : threads_ * lanes_ * padded());
-    scratch_bytes_ = round_up(k_.depthwise_scratch(height_, width_, shape_.kernel_size) * 4, kCacheLine);
-    scratch_ = take(threads_ * scratch_bytes_);
+    scratch_ = take(threads_ * scratch_bytes());
     // From here on: sums, zero at first.
     const int64_t before = used_;
     taps_ = take_floats(shape_.filters * padded() * area());
@@ -170,9 +169,7 @@ class Backward : Training {
     for (int64_t i = 0; i < call_.batch; ++i) {
       k_.taps_gradient({a + i * plane_, x + i * plane_, height_, width_, shape_.kernel_size, taps});
       char* image = reinterpret_cast<char*>(gradient + i * plane_);
-      k_.depthwise({reinterpret_cast<const char*>(a + i * plane_), image, image, height_, width_, shape_.kernel_size, 0,
-                    height_, flipped, kZeros, kOnes, kZeros, Activation::kIdentity,
-                    reinterpret_cast<float*>(scratch_ + thread * scratch_bytes_)});
+      convolve(a + i * plane_, flipped, kZeros, image, image, scratch_ + thread * scratch_bytes());
     }
   }
 
@@ -187,8 +184,9 @@ class Backward : Training {
       k_.transform({same, kZeros, gain, kZeros, nullptr, panel_input});
     }
     pack_tokens(panel_input, line, panels_);
-    if (shape_.pw_residual && (d + 1 == shape_.depth || (d + 1) % kAnchorInterval == 0))
+    if (shape_.pw_residual && (d + 1 == shape_.depth || (d + 1) % kAnchorInterval == 0)) {
       restore_inputs(d, line, thread);
+    }
     transform(Stage::kDepthwise, d, line, input_of(d, line, plane(thread, 1)), line_of(y_, line));
   }
 
@@ -206,26 +204,8 @@ class Backward : Training {
     for (int64_t line = chunk * lines_ / chunks_; line < (chunk + 1) * lines_ / chunks_; ++line) {
       char* out = reinterpret_cast<char*>(line_of(chain_gradient_, line) + at.first * lanes_);
       const float* rows = transposed_ + line * lanes_ * transposed_stride_;
-      k_.product({
-          .panels = reinterpret_cast<const char*>(panels_ + at.first * lines_ * lanes_),
-          .input_channels = shape_.channels,
-          .weights = reinterpret_cast<const char*>(rows),
-          .row_stride = transposed_stride_ * 4,
-          .output_channels = channels_of(line),
-          .first_vector = 0,
-          .bias = kZeros,
-          .gain = kOnes,
-          .scale = kOnes,
-          .shift = kZeros,
-          .residual = shape_.pw_residual ? out : nullptr,
-          .residual_stride = 0,
-          .output = out,
-          .output_stride = 0,
-          .tokens = at.tokens,
-          .activation = Activation::kIdentity,
-          .prefetch = reinterpret_cast<const char*>(rows + lanes_ * transposed_stride_),
-          .prefetch_bytes = (line + 1 < lines_ ? lanes_ : 0) * transposed_stride_ * 4,
-      });
+      product({reinterpret_cast<const char*>(rows), transposed_stride_ * 4, kZeros, kOnes}, line, at, panels_,
+              shape_.pw_residual ? out : nullptr, out);
     }
   }
 
@@ -291,8 +271,9 @@ class Backward : Training {
     const int64_t s = item - w.templates * channels;
     for (int64_t t = 0; t < w.templates; ++t) {
       double sum = 0;
-      for (int64_t i = 0; i < size; ++i)
+      for (int64_t i = 0; i < size; ++i) {
         sum += double(matrices_[s * size + i]) * load_scalar(w.pw_weight, w.type, t * size + i);
+      }
       out_.pw_coefficients[s * w.templates + t] = float(sum);
     }
   }
@@ -325,7 +306,7 @@ class Backward : Training {
   bool direct_;  // sums of a matrix are made where they stay
   float *panels_, *chain_gradient_, *product_gradient_, *y_, *inputs_, *transposed_, *planes_, *flipped_, *rows_;
   float *taps_, *filter_bias_, *matrix_bias_, *matrices_;
-  int64_t transposed_stride_, sums_, scratch_bytes_;
+  int64_t transposed_stride_, sums_;
   char* scratch_;
 };
 

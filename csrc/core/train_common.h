@@ -42,7 +42,7 @@ class Training {
         tokens_(call.batch * height_ * width_),
         line_(tokens_ * lanes_) {
     const double flops = 2.0 * shape_.depth * tokens_ * shape_.channels * shape_.channels;
-    threads_ = int(std::clamp(flops / kFlopsPerThread, 1.0, double(parallel.threads)));
+    threads_ = useful_threads(flops, parallel);
     const int64_t fitting = round_up(std::clamp(band_bytes() / (lines_ * lanes_ * 4), kLeastBand, kMostBand), lanes_);
     bands_ = ceil_div(tokens_, fitting);
     band_tokens_ = round_up(ceil_div(tokens_, bands_), lanes_);
@@ -50,8 +50,8 @@ class Training {
     chunks_ = std::min(lines_, std::max<int64_t>(1, ceil_div(4 * threads_, bands_)));
   }
 
+  // Tokens: a panel at least; past the most, reading a matrix once more per band costs nothing.
   static constexpr int64_t kLeastBand = 48, kMostBand = 256;
-  static constexpr double kFlopsPerThread = 2e6;
 
   struct Band {
     int64_t first, tokens;
@@ -152,6 +152,47 @@ class Training {
       k_.pack_tokens({reinterpret_cast<const char*>(line_of_tokens + at.first * lanes_), at.tokens, line, lines_,
                       reinterpret_cast<char*>(panels + at.first * lines_ * lanes_)});
     }
+  }
+
+  // A line of a product without activation: gain * (rows * panels) + bias (+ residual), for a band of tokens.
+  struct Rows {
+    const char* first;
+    int64_t stride;  // bytes
+    const float *bias, *gain;
+  };
+  void product(const Rows& rows, int64_t line, const Band& at, const float* panels, const char* residual,
+               char* output) const {
+    const int64_t next = line + 1 < lines_ ? channels_of(line + 1) : 0;
+    k_.product({
+        .panels = reinterpret_cast<const char*>(panels + at.first * lines_ * lanes_),
+        .input_channels = shape_.channels,
+        .weights = rows.first,
+        .row_stride = rows.stride,
+        .output_channels = channels_of(line),
+        .first_vector = 0,
+        .bias = rows.bias,
+        .gain = rows.gain,
+        .scale = kOnes,
+        .shift = kZeros,
+        .residual = residual,
+        .residual_stride = 0,
+        .output = output,
+        .output_stride = 0,
+        .tokens = at.tokens,
+        .activation = Activation::kIdentity,
+        .prefetch = rows.first + channels_of(line) * rows.stride,
+        .prefetch_bytes = next * rows.stride,
+    });
+  }
+
+  // A depthwise convolution of an image without activation, plus what is in `residual` (null: nothing).
+  void convolve(const float* input, const float* taps, const float* bias, const char* residual, char* output,
+                char* scratch) const {
+    k_.depthwise({reinterpret_cast<const char*>(input), residual, output, height_, width_, shape_.kernel_size, 0,
+                  height_, taps, bias, kOnes, kZeros, Activation::kIdentity, reinterpret_cast<float*>(scratch)});
+  }
+  int64_t scratch_bytes() const {
+    return round_up(k_.depthwise_scratch(height_, width_, shape_.kernel_size) * 4, kCacheLine);
   }
 
   const Kernels& k_;

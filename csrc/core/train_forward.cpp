@@ -44,8 +44,7 @@ class Forward : Training {
     chain_ = take_floats((shape_.pw_residual ? lines_ : threads_) * line_);
     parts_ = reinterpret_cast<double*>(take(lines_ * bands_ * 2 * lanes_ * 8));
     wide_ = take_floats(threads_ * std::max(plane_, band_tokens_ * lanes_));
-    scratch_bytes_ = round_up(k_.depthwise_scratch(height_, width_, shape_.kernel_size) * 4, kCacheLine);
-    scratch_ = take(threads_ * scratch_bytes_);
+    scratch_ = take(threads_ * scratch_bytes());
   }
 
   float* chain(int64_t line, int thread) const { return chain_ + (shape_.pw_residual ? line : thread) * line_; }
@@ -77,9 +76,7 @@ class Forward : Training {
     for (int64_t i = 0; i < call_.batch; ++i) {
       char* to = const_cast<char*>(a.pre) + i * plane_ * size_of(shape_.type);
       char* plane = narrow ? reinterpret_cast<char*>(wide(thread)) : to;
-      k_.depthwise({reinterpret_cast<const char*>(x + i * plane_), nullptr, plane, height_, width_, shape_.kernel_size,
-                    0, height_, w.taps, w.bias, kOnes, kZeros, Activation::kIdentity,
-                    reinterpret_cast<float*>(scratch_ + thread * scratch_bytes_)});
+      convolve(x + i * plane_, w.taps, w.bias, nullptr, plane, scratch_ + thread * scratch_bytes());
       if (narrow) k_.narrow(wide(thread), shape_.type, plane_, to);
     }
     if (call_.eps) {
@@ -100,26 +97,8 @@ class Forward : Training {
       Activated a = activated(Stage::kPointwise, d, line);
       a.pre += at.first * lanes_ * size_of(shape_.type), a.tokens = at.tokens;
       char* saved = const_cast<char*>(a.pre);
-      k_.product({
-          .panels = reinterpret_cast<const char*>(panels_ + at.first * lines_ * lanes_),
-          .input_channels = shape_.channels,
-          .weights = w.rows + channel * w.row_stride,
-          .row_stride = w.row_stride,
-          .output_channels = channels_of(line),
-          .first_vector = 0,
-          .bias = w.bias + channel,
-          .gain = w.gain + channel,
-          .scale = kOnes,
-          .shift = kZeros,
-          .residual = nullptr,
-          .residual_stride = 0,
-          .output = narrow ? reinterpret_cast<char*>(wide(thread)) : saved,
-          .output_stride = 0,
-          .tokens = at.tokens,
-          .activation = Activation::kIdentity,
-          .prefetch = w.rows + (channel + channels_of(line)) * w.row_stride,
-          .prefetch_bytes = (line + 1 < lines_ ? channels_of(line + 1) : 0) * w.row_stride,
-      });
+      product({w.rows + channel * w.row_stride, w.row_stride, w.bias + channel, w.gain + channel}, line, at, panels_,
+              nullptr, narrow ? reinterpret_cast<char*>(wide(thread)) : saved);
       if (narrow) k_.narrow(wide(thread), shape_.type, at.tokens * lanes_, saved);
       if (call_.eps) k_.moments({a, part(line, b), part(line, b) + lanes_});
     }
@@ -153,7 +132,6 @@ class Forward : Training {
   float *panels_, *chain_, *wide_;
   double* parts_;
   char* scratch_;
-  int64_t scratch_bytes_;
 };
 
 }  // namespace

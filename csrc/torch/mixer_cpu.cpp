@@ -211,10 +211,7 @@ TrainingCall training_call(const Mixer& m, const Tensor& x, std::optional<double
 }
 
 // float32 kernels, whatever the tensors' type: sums and everything between the products are float32.
-const Kernels& training_kernels() {
-  const std::string isa = forced_isa();
-  return select_kernels(DType::kFloat32, isa == "avx512_bf16" ? "avx512" : isa);
-}
+const Kernels& training_kernels() { return select_kernels(DType::kFloat32, forced_isa()); }
 
 using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Tensors9 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
