@@ -149,7 +149,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     if choice.backend == "cpu":
         dtype = str(arguments[0].dtype).removeprefix("torch.")
         if backward is not None or arguments[-1] is not None:
-            kernel, dtype = "_mixer_train_cpu", "float32"  # keeps what backward needs, and computes in float32
+            kernel = "_mixer_train_cpu"  # keeps what backward needs
         kernel = f"{kernel}, {torch.ops.spin._cpu_isa(dtype)}"
     return Explanation(name, choice.backend, kernel, choice.reason, backward)
 

@@ -16,19 +16,25 @@ from . import _library, checks, dispatch, reference  # noqa: F401  (_library def
 from .dispatch import MIXER_TENSORS, needs_gradient
 
 _TENSORS = len(MIXER_TENSORS)
+_SAVED = 2  # tensors per block, where nothing else is asked for
 
 
 def _shared_mixer_block(*args: Any, **options: Any) -> Tensor:
-    return _call_mixer(None, *args, **options)[0]
+    return _call_mixer(None, _SAVED, *args, **options)[0]
 
 
 def _shared_mixer_block_train(*args: Any, eps: float = 1e-5, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _call_mixer(eps, *args, **options)[:3]
+    return _call_mixer(eps, _SAVED, *args, **options)[:3]
+
+
+def _checkpointed_mixer_block(*args: Any, eps: float | None = None, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _call_mixer(eps, 1, *args, **options)[:3]
 
 
 # The schema's arguments by name, as in functional.py (for help) and reference.py (the specification).
 def _call_mixer(
     eps: float | None,
+    save: int,
     x: Tensor,
     dw_weight: Tensor,
     dw_bias: Tensor | None,
@@ -47,10 +53,10 @@ def _call_mixer(
     tensors = (x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain)
     settings = (pw_index, dw_index, activation, pw_residual, eps)
     if needs_gradient(*tensors):
-        return _mixer(*tensors, *settings, True)
+        return _mixer(*tensors, *settings, save)
     # Nothing to record: pass over autograd's Python kernel, a quarter of a call's overhead.
     with torch._C._AutoDispatchBelowAutograd():
-        return _mixer(*tensors, *settings, False)
+        return _mixer(*tensors, *settings, 0)
 
 
 def _refuse_forward_mode() -> None:
@@ -74,8 +80,7 @@ def _run_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if dispatch.choose("mixer", args).backend == "cpu":
         if args[-1] is None and not save:
             return _mixer_cpu(*args[:-1]), _empty(x), _empty(x), _empty(x)
-        *results, saved = _mixer_train_cpu(*args)
-        return *results, saved if save else _empty(x)
+        return _mixer_train_cpu(*args, save)
     y, dw_stats, pw_stats = _reference_mixer(*args)
     if dw_stats is None or pw_stats is None:
         return y, _empty(x), _empty(x), _empty(x)
@@ -88,18 +93,18 @@ def _fake_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, memory_format=reference.output_format(x))
     saved = _empty(x)
     if save and dispatch.choose("mixer", args[:-1]).backend == "cpu":
-        saved = x.new_empty(_saved_elements(x, len(pw_index), pw_residual))
+        saved = x.new_empty(_saved_elements(x, len(pw_index), pw_residual, save))
     if eps is None:
         return y, _empty(x), _empty(x), saved
     size, dtype = (len(pw_index), 2, x.shape[1]), checks.WIDE[x.dtype]
     return y, x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype), saved
 
 
-def _saved_elements(x: Tensor, depth: int, pw_residual: bool) -> int:
+def _saved_elements(x: Tensor, depth: int, pw_residual: bool, save: int) -> int:
     """As saved_elements() of csrc/core/train.h."""
     batch, channels, height, width = x.shape
     anchors = (depth - 1) // 8 if pw_residual and depth else 0
-    return (2 * depth + anchors) * ((channels + 15) // 16 * 16) * batch * height * width
+    return (save * depth + anchors) * ((channels + 15) // 16 * 16) * batch * height * width
 
 
 def _reference_mixer(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -116,7 +121,7 @@ def _run_mixer_backward(
     checks.mixer_backward(grad, *args)
     if dispatch.choose("mixer_backward", args).backend == "cpu":
         if saved.numel() == 0:  # the forward pass saved nothing, or ran elsewhere
-            _, dw_stats, pw_stats, saved = _mixer_train_cpu(*args)
+            _, dw_stats, pw_stats, saved = _mixer_train_cpu(*args, _SAVED)
         return _mixer_backward_cpu(grad, dw_stats, pw_stats, saved, *args)
     tensors, settings = args[:_TENSORS], args[_TENSORS:]
     grads = _gradients(lambda *leaves: _reference_mixer(*leaves, *settings)[0], tensors, grad)
@@ -298,6 +303,7 @@ def _autocast_mixer(args: tuple[Any, ...], device_type: str) -> tuple[Any, ...]:
 _implementations = torch.library.Library("spin", "IMPL")
 _implementations.impl("shared_mixer_block", _shared_mixer_block, "CompositeImplicitAutograd")
 _implementations.impl("shared_mixer_block_train", _shared_mixer_block_train, "CompositeImplicitAutograd")
+_implementations.impl("_checkpointed_mixer_block", _checkpointed_mixer_block, "CompositeImplicitAutograd")
 _mixer = _register("_mixer", _run_mixer, _fake_mixer, _save_mixer, _differentiate_mixer, _autocast_mixer)
 _mixer_backward = _register(
     "_mixer_backward", _run_mixer_backward, _fake_mixer_backward, None, _refuse_second_derivative

@@ -40,9 +40,9 @@ REGIMES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def gradients(a: dict[str, Any], grad: Array, isa: str, eps: float | None, threads: int = 1) -> tuple[Any, ...]:
-    runtime.mixer_gradients(grad, **nans_like(a), eps=eps, isa=isa)  # dirty scratch memory
-    return runtime.mixer_gradients(grad, **a, eps=eps, isa=isa, threads=threads)
+def gradients(a: dict[str, Any], grad: Array, isa: str, eps: float | None, **how: Any) -> tuple[Any, ...]:
+    runtime.mixer_gradients(grad, **nans_like(a), eps=eps, isa=isa, **how)  # dirty scratch memory
+    return runtime.mixer_gradients(grad, **a, eps=eps, isa=isa, **how)
 
 
 @every_isa
@@ -54,11 +54,13 @@ def test_gradients_along_random_directions(regime: str, eps: float | None, isa: 
         a = draw(rng, **shape)
         grad = rng.standard_normal(a["x"].shape, np.float32)
         y, dw_stats, pw_stats, grads = gradients(a, grad, isa, eps)
-        again = gradients(a, grad, isa, eps, threads=3)
-        for one, three in zip((y, dw_stats, pw_stats, *grads), (*again[:3], *again[3]), strict=True):
-            assert one is three or np.array_equal(one, three), (shape, "threads")
+        for how in ({"threads": 3}, {"checkpoint": True}):
+            again = gradients(a, grad, isa, eps, **how)
+            for one, other in zip((y, dw_stats, pw_stats, *grads), (*again[:3], *again[3]), strict=True):
+                assert one is other or np.array_equal(one, other), (shape, how)
         exact, _ = reference(a, eps=eps)
-        assert np.linalg.norm(decode(y) - exact) <= 2e-5 * np.linalg.norm(exact), shape
+        # A sum of channels may cancel: 1e-6 is of gelu's own size.
+        assert np.linalg.norm(decode(y) - exact) <= 2e-5 * np.linalg.norm(exact) + 1e-6 * np.sqrt(exact.size), shape
         for name, gradient in zip(NAMES, grads, strict=True):
             if a.get(name) is None:
                 assert gradient is None
@@ -89,6 +91,8 @@ def test_narrow_types_agree_with_float32(dtype: str, isa: str) -> None:
         grad = rng.standard_normal(narrow["x"].shape, np.float32)
         rounded = encode(grad, dtype)
         *_, grads = gradients(narrow, rounded, isa, 1e-3)
+        *_, lean = gradients(narrow, rounded, isa, 1e-3, checkpoint=True, threads=2)
+        assert all(one is other or np.array_equal(one, other) for one, other in zip(grads, lean, strict=True)), shape
         *_, expected = gradients(wide, decode(rounded).astype(np.float32), isa, 1e-3)
         for name, got, exact in zip(NAMES, grads, expected, strict=True):
             if exact is not None:

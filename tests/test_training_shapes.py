@@ -2,6 +2,7 @@
 
 import math
 import os
+from statistics import median
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ from arguments import cast, mixer_arguments, tensors_of
 from test_random_shapes import CHUNKS, draws, expected_format
 from torch import Tensor
 
-from spin_kernels import reference
+from spin_kernels import reference, spin_runtime
 
 SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "400"))
 EPS = 1e-5
 BLOCK, TRAIN = torch.ops.spin.shared_mixer_block.default, torch.ops.spin.shared_mixer_block_train.default
+CHECKPOINTED = torch.ops.spin._checkpointed_mixer_block.default
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -46,22 +48,26 @@ def fused(a: dict[str, Any], eps: float | None, grad: Tensor) -> dict[str, Tenso
     return {"y": y.detach(), **gradients, "dw_stats": dw_stats, "pw_stats": pw_stats}
 
 
-def assert_right(
-    got: dict[str, Tensor], exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype,
-    factor: float = 1.5, slack: float | None = None,
-) -> None:  # fmt: skip
+def errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Tensor]:
+    assert all(got[name].shape == exact[name].shape for name in exact)
+    return {name: (got[name].double() - exact[name]).norm() for name in exact}
+
+
+def assert_right(got: dict[str, Tensor], exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """One draw. In 16 bits the sign of a value near zero is open: relu passes or stops its whole gradient."""
     largest = max((exact[n].norm() for n in exact if n.startswith("grad")), default=torch.zeros(()))
-    for name, value in got.items():
+    of_plain = errors(same, exact)
+    for name, error in errors(got, exact).items():
         norm = exact[name].norm()
-        error, of_plain = ((t[name].double() - exact[name]).norm() for t in (got, same))
-        assert value.shape == exact[name].shape, name
         if name.startswith("grad"):
             norm = torch.maximum(norm, 1e-6 * largest)
-        if dtype == torch.float32:
-            bound = max(1e-4 * norm, 2 * of_plain) if name.startswith("grad") else 1e-5 * norm
+        if dtype != torch.float32:
+            bound = 3 * of_plain[name] + 0.2 * norm
+        elif name.startswith("grad"):
+            bound = max(1e-4 * norm, 2 * of_plain[name])
         else:
-            bound = factor * of_plain + (slack or torch.finfo(dtype).eps) * norm
-        assert error <= bound, f"{name}: error {error / norm:.2e}, of plain PyTorch {of_plain / norm:.2e}"
+            bound = 1e-5 * norm
+        assert error <= bound, f"{name}: error {error / norm:.2e}, of plain PyTorch {of_plain[name] / norm:.2e}"
 
 
 def is_degenerate(a: dict[str, Any]) -> bool:
@@ -69,7 +75,8 @@ def is_degenerate(a: dict[str, Any]) -> bool:
     are zero but for rounding."""
     batch, channels, height, width = a["x"].shape
     values = batch if a["x"].stride()[2:] == (0, 0) else batch * height * width
-    return values < 48 or channels == 1 or a["activation"] == "identity"
+    scaled_only = a["activation"] == "relu" and a["pw_gain"] is not None and a["pw_bias"] is None
+    return values < 48 or channels == 1 or a["activation"] == "identity" or scaled_only
 
 
 @pytest.mark.parametrize("statistics", ["frozen", "batch"])
@@ -91,19 +98,59 @@ def test_gradients(chunk: int, statistics: str) -> None:
             continue  # of few values a rounded one can decide over a variance or a whole gradient: see the next test
         if a["x"].shape[1] == 1:
             continue  # a single channel may lie where gelu turns round, its gradients nothing but rounding
-        # In 16 bits the sign of a value near zero is open: relu passes or stops its whole gradient.
-        assert_right(got, plain(a, torch.float64, eps, grad), plain(a, dtype, eps, grad), dtype, 3, 0.2)
+        assert_right(got, plain(a, torch.float64, eps, grad), plain(a, dtype, eps, grad), dtype)
 
 
+@pytest.mark.parametrize("isa", spin_runtime.cpu_features()["isas"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("statistics", ["frozen", "batch"])
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
-def test_gradients_of_a_usual_shape(activation: str, statistics: str, dtype: torch.dtype) -> None:
+def test_gradients_of_a_usual_shape(
+    activation: str, statistics: str, dtype: torch.dtype, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPIN_CPU_ISA", isa)
     eps = EPS if statistics == "batch" else None
     shape = {"batch": 4, "channels": 64, "height": 16, "width": 16, "kernel": 5, "depth": 4, "matrices": 2}
-    a = mixer_arguments(**shape, dtype=dtype, activation=activation, pw_residual=activation == "relu")
-    grad = torch.randn(a["x"].shape, dtype=torch.float64).to(dtype)
-    assert_right(fused(a, eps, grad), plain(a, torch.float64, eps, grad), plain(a, dtype, eps, grad), dtype)
+    draws = []
+    for _ in range(1 if dtype == torch.float32 else 5):
+        a = mixer_arguments(**shape, dtype=dtype, activation=activation, pw_residual=activation == "relu")
+        grad = torch.randn(a["x"].shape, dtype=torch.float64).to(dtype)
+        draws.append((fused(a, eps, grad), plain(a, torch.float64, eps, grad), plain(a, dtype, eps, grad)))
+    if dtype == torch.float32:
+        return assert_right(*draws[0], dtype)
+    # The median: of a single draw one nearly dead channel can decide over a whole gradient.
+    ratios = [(errors(got, exact), errors(same, exact), exact) for got, exact, same in draws]
+    for name in draws[0][0]:
+        slack = torch.finfo(dtype).eps
+        shares = [float(e[name] / (1.5 * p[name] + slack * exact[name].norm())) for e, p, exact in ratios]
+        assert median(shares) <= 1, f"{name}: {shares}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("eps", [None, EPS])
+@pytest.mark.parametrize("pw_residual", [False, True])
+def test_one_tensor_per_block_gives_the_same_bits(pw_residual: bool, eps: float | None, dtype: torch.dtype) -> None:
+    for depth in (1, 8, 11):  # with residuals every eighth input is kept
+        a = leaves(
+            mixer_arguments(batch=3, channels=40, height=9, width=7, kernel=5, depth=depth, matrices=2, dtype=dtype)
+            | {"pw_residual": pw_residual}
+        )
+        grad = torch.randn_like(a["x"])
+        results, held = [], []
+        for op, options in ((BLOCK, {}) if eps is None else (TRAIN, {"eps": eps}), (CHECKPOINTED, {"eps": eps})):
+            result, size = call_and_weigh(op, a, options)
+            y = result if isinstance(result, Tensor) else result[0]
+            results.append([y.detach(), *differentiate(y, a, grad).values()])
+            held.append(size)
+        assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
+        assert held[0] - held[1] == depth * 48 * 3 * 9 * 7 * a["x"].itemsize
+
+
+def call_and_weigh(op: Any, a: dict[str, Any], options: dict[str, Any]) -> tuple[Any, int]:
+    """The result, and the bytes that autograd keeps."""
+    sizes: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.nbytes) or t, lambda t: t):
+        return op(**a, **options), sum(sizes)
 
 
 def test_infinite_and_missing_values_stay_where_plain_pytorch_has_them() -> None:

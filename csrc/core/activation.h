@@ -10,9 +10,10 @@
 //     small.
 //   elsewhere: 1 - erf(z) = (a1 t + ... + a5 t^5) exp(-z^2), t = 1 / (1 + p z), Abramowitz & Stegun
 //     7.1.26, |error| <= 1.5e-7.
-// The derivative of gelu is Phi(x) + x exp(-x^2/2) / sqrt(2 pi), with h of degree 4.
-// exp(x) = 2^n e^r, n = round(x / ln 2), e^r to degree 6 on |r| <= ln 2 / 2 (1e-8
-// relative before rounding; interpolated in the Chebyshev nodes with the first two coefficients of the series).
+// The derivative of gelu is Phi(x) + x phi(x), phi the slope of h: of the same pieces of degree 4 (|error| <= 6e-7 in
+// the sum, for 4 operations instead of the 18 of an exponential), elsewhere exp(-x^2/2) / sqrt(2 pi). exp(x) = 2^n e^r,
+// n = round(x / ln 2), e^r to degree 6 on |r| <= ln 2 / 2 (1e-8 relative before rounding; interpolated in the Chebyshev
+// nodes with the first two coefficients of the series).
 #pragma once
 #include "types.h"
 
@@ -157,9 +158,9 @@ SPIN_INLINE typename V::F exp_vector(typename V::F x) {
   return V::mul(p, V::exp2_integer(n));
 }
 
-// erf(t / sqrt 2) / 2 for t >= 0.
+// erf(t / sqrt 2) / 2 for t >= 0, and at `slope` (not null) its derivative.
 template <class V, bool kFine>
-SPIN_INLINE typename V::F half_erf(typename V::F t) {
+SPIN_INLINE typename V::F half_erf(typename V::F t, typename V::F* slope = nullptr) {
   using F = typename V::F;
   if constexpr (V::kHasPermute) {
     const F magic = V::set(12582912.f);  // 1.5 * 2^23: the sum's low mantissa bits are the nearest piece
@@ -173,9 +174,13 @@ SPIN_INLINE typename V::F half_erf(typename V::F t) {
       else
         return kHalfErf;
     }();
-    F p = V::lookup(table[kDegree], index);
+    F p = V::lookup(table[kDegree], index), dp = V::zero();
 #pragma GCC unroll 4
-    for (int d = kDegree - 1; d >= 0; --d) p = V::fma(p, u, V::lookup(table[d], index));
+    for (int d = kDegree - 1; d >= 0; --d) {
+      if (slope) dp = d == kDegree - 1 ? p : V::fma(dp, u, p);
+      p = V::fma(p, u, V::lookup(table[d], index));
+    }
+    if (slope) *slope = V::mul(dp, V::set(kPiecesPerUnit));
     return p;
   } else {
     const F z = V::mul(t, V::set(0.70710678f));
@@ -185,8 +190,9 @@ SPIN_INLINE typename V::F half_erf(typename V::F t) {
     p = V::fma(p, q, V::set(1.421413741f));
     p = V::fma(p, q, V::set(-0.284496736f));
     p = V::fma(p, q, V::set(0.254829592f));
-    const F tail = V::mul(V::mul(p, q), exp_vector<V>(V::mul(V::mul(z, V::set(-1.f)), z)));
-    return V::mul(V::set(0.5f), V::sub(V::set(1.f), tail));
+    const F e = exp_vector<V>(V::mul(V::mul(z, V::set(-1.f)), z));
+    if (slope) *slope = V::mul(e, V::set(0.398942280f));
+    return V::mul(V::set(0.5f), V::sub(V::set(1.f), V::mul(V::mul(p, q), e)));
   }
 }
 
@@ -217,8 +223,8 @@ SPIN_INLINE typename V::F differentiate(typename V::F x, typename V::F value) {
   // Past this what vanishes is cut off, not multiplied with something infinite.
   const F bounded = V::max(V::set(-30.f), V::min(V::set(30.f), x));
   if constexpr (kActivation == Activation::kGelu) {
-    const F probability = V::add(V::set(0.5f), V::copysign(half_erf<V, true>(V::abs(x)), x));
-    const F density = V::mul(exp_vector<V>(V::mul(V::mul(bounded, V::set(-0.5f)), bounded)), V::set(0.398942280f));
+    F density;
+    const F probability = V::add(V::set(0.5f), V::copysign(half_erf<V, true>(V::abs(x), &density), x));
     return V::mul(V::fma(bounded, density, probability), value);
   } else if constexpr (kActivation == Activation::kGeluTanh || kActivation == Activation::kSilu) {
     // act(x) = x s with s = 1 / (1 + exp(-z(x))): act' = s + x s (1 - s) z'.

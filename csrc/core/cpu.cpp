@@ -71,6 +71,11 @@ const Kernels& select_kernels(DType type, const std::string& isa) {
   return *kernels_portable();
 }
 
+const Kernels& select_training_kernels(DType type, const std::string& isa) {
+  const Kernels& kernels = select_kernels(type, isa);
+  return kernels.chain == DType::kFloat32 ? kernels : *kernels_avx512_bf16_training();
+}
+
 std::string forced_isa() {
   const char* value = std::getenv("SPIN_CPU_ISA");
   return value ? value : "";

@@ -23,6 +23,8 @@ std::vector<std::string> available_isas();
 // name or not there. float16, and bf16 without useful bf16 instructions, run in float32 kernels that
 // convert on the way in and out.
 const Kernels& select_kernels(DType type, const std::string& isa);
+// The same for training: the chain is float32, at most the operands of products are bf16.
+const Kernels& select_training_kernels(DType type, const std::string& isa);
 
 // The value of the environment variable SPIN_CPU_ISA, empty when it is not set.
 std::string forced_isa();

@@ -9,7 +9,9 @@
 // side by side: exactly the order in which the product reads them.
 //
 // Layout of a matrix ("rows"): row-major like PyTorch's, a row per output channel, in the element type of the
-// chain, rows `row_stride` bytes apart. A row that does not fill its last unit is followed by a zero.
+// operands, rows `row_stride` bytes apart. A row that does not fill its last unit is followed by a zero.
+//
+// Operands of products have the element type of the chain, but in training with vdpbf16ps: there the chain is float32.
 #pragma once
 #include "types.h"
 
@@ -19,7 +21,7 @@ namespace spin {
 struct PackTokensArgs {
   const char* input;  // first token of the line
   int64_t tokens;
-  int64_t line, lines;  // which one, of how many
+  int64_t line, lines;  // of the chain: which one, of how many
   char* panels;
 };
 
@@ -60,7 +62,7 @@ struct DepthwiseArgs {
   float* scratch;  // depthwise_scratch() floats
 };
 
-// Rows of a matrix: W = sum_t coefficients[t] * templates[t], or templates[0], in the element type of the chain.
+// Rows of a matrix: W = sum_t coefficients[t] * templates[t], or templates[0], in the element type of the operands.
 struct PackRowsArgs {
   const char* source;  // first row; row-major (templates, rows, columns)
   DType type;
@@ -120,22 +122,29 @@ struct TapsGradientArgs {
   float* taps;  // [k * k][lane]
 };
 
+// One vector of channels as the operand of weight_gradient: a 4-byte unit holds one token of a channel, or two in bf16.
+struct PackGradientArgs {
+  const float* input;  // [token][lane]
+  int64_t tokens;
+  char* to;  // [unit][lane]; a token without a partner gets a zero
+};
+
 // G[o, i] += sum over tokens of gradient[o, t] * input[i, t], for a vector of output channels o.
 struct WeightGradientArgs {
-  const float* gradient;           // one vector of channels, [token][lane]
-  const float* input;              // all, [vector][token][lane]
-  int64_t vectors, vector_stride;  // of the input; floats
+  const char* gradient;            // one vector of channels, [unit of tokens][lane]
+  const char* input;               // all, [vector][unit of tokens][lane]
+  int64_t vectors, vector_stride;  // of the input; bytes
   int64_t tokens;
   float* out;  // [lane of o], rows of `out_stride` floats; added to
   int64_t out_stride;
 };
 
-// Rows of the transposed matrix: a vector of columns of a float matrix.
+// Rows of the transposed matrix: a vector of columns of the matrix.
 struct TransposeArgs {
   const char* rows;  // row-major, of `row_stride` bytes
   int64_t row_stride;
   int64_t outputs, inputs, first_input;
-  float* to;  // lanes rows (fewer at the end) of `to_stride` floats, one value per output channel
+  char* to;  // lanes rows (fewer at the end) of `to_stride` bytes, one value per output channel
   int64_t to_stride;
 };
 
@@ -162,7 +171,8 @@ struct Kernels {
   int64_t lanes;          // channels in a vector
   int64_t line_channels;  // channels in a line
   int64_t line_bytes;
-  DType chain;  // element type of the activations between blocks
+  DType chain;    // element type of the activations between blocks
+  DType operand;  // of matrices and panels
   void (*product)(const ProductArgs&);
   void (*depthwise)(const DepthwiseArgs&);
   int64_t (*depthwise_scratch)(int64_t height, int64_t width, int64_t kernel_size);
@@ -183,6 +193,7 @@ struct Kernels {
   void (*gradient_sums)(const GradientSumsArgs&) = nullptr;
   void (*activation_gradient)(const ActivationGradientArgs&) = nullptr;
   void (*taps_gradient)(const TapsGradientArgs&) = nullptr;
+  void (*pack_gradient)(const PackGradientArgs&) = nullptr;
   void (*weight_gradient)(const WeightGradientArgs&) = nullptr;
   void (*transpose)(const TransposeArgs&) = nullptr;
   void (*narrow)(const float* from, DType type, int64_t count, char* to) = nullptr;
@@ -193,5 +204,6 @@ const Kernels* kernels_portable();
 const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_avx512_bf16_training();
 
 }  // namespace spin

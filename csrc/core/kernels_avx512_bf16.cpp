@@ -11,12 +11,18 @@ const Kernels* kernels_avx512_bf16() {
   return &kernels;
 }
 
+const Kernels* kernels_avx512_bf16_training() {
+  static constexpr Kernels kernels = make_kernels<Avx512, Avx512Bf16>("avx512_bf16");
+  return &kernels;
+}
+
 }  // namespace spin
 
 #else
 
 namespace spin {
 const Kernels* kernels_avx512_bf16() { return nullptr; }
+const Kernels* kernels_avx512_bf16_training() { return nullptr; }
 }  // namespace spin
 
 #endif

@@ -44,7 +44,8 @@ double multiply_add_loop(int64_t iterations) {
   return 2.0 * kSums * V::kLanes * V::kLineVectors * iterations;
 }
 
-template <class V>
+// V: the chain; Operand: what is multiplied in products.
+template <class V, class Operand = V>
 constexpr Kernels make_kernels(const char* name) {
   Kernels kernels{
       .name = name,
@@ -52,11 +53,12 @@ constexpr Kernels make_kernels(const char* name) {
       .line_channels = Layout<V>::kLineChannels,
       .line_bytes = Layout<V>::kLineBytes,
       .chain = V::kChain,
-      .product = Product<V>::run,
+      .operand = Operand::kChain,
+      .product = Product<Operand, V>::run,
       .depthwise = Depthwise<V>::run,
       .depthwise_scratch = Depthwise<V>::scratch,
-      .pack_tokens = Product<V>::pack_tokens,
-      .pack_rows = Layout<V>::pack_rows,
+      .pack_tokens = Product<Operand, V>::pack_tokens,
+      .pack_rows = Layout<Operand>::pack_rows,
       .pack_taps = Layout<V>::pack_taps,
       .load = Layout<V>::load,
       .store = Layout<V>::store,
@@ -72,8 +74,9 @@ constexpr Kernels make_kernels(const char* name) {
     kernels.activation_gradient = Elementwise<V>::activation_gradient;
     kernels.narrow = Elementwise<V>::narrow;
     kernels.taps_gradient = TapsGradient<V>::run;
-    kernels.weight_gradient = WeightGradient<V>::run;
-    kernels.transpose = WeightGradient<V>::transpose;
+    kernels.pack_gradient = WeightGradient<Operand>::pack;
+    kernels.weight_gradient = WeightGradient<Operand>::run;
+    kernels.transpose = WeightGradient<Operand>::transpose;
   }
   return kernels;
 }

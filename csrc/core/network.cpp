@@ -31,10 +31,7 @@ Network::Network(const Kernels& kernels, NetworkShape shape, int64_t slots)
   head_vectors_ = place(ends * 4 * padded(s.classes) * 4);
 }
 
-int64_t Network::row_stride(int64_t inputs) const {
-  const int64_t bytes = round_up(inputs * size_of(kernels_->chain), kCacheLine);
-  return bytes;
-}
+int64_t Network::row_stride(int64_t inputs) const { return round_up(inputs * size_of(kernels_->operand), kCacheLine); }
 
 // ---- packing ----
 
@@ -155,9 +152,8 @@ Pointwise Network::pointwise(int64_t block, const MixerWeights& w) const {
   return p;
 }
 
-bool Network::reads(const MixerWeights& w) const {
-  const int64_t unit_channels = kernels_->line_channels / kernels_->lanes;
-  return w.type == kernels_->chain && shape_.channels % unit_channels == 0;
+bool Network::reads(const Kernels& kernels, const NetworkShape& shape, const MixerWeights& w) {
+  return !w.pw_coefficients && w.type == kernels.operand && shape.channels * size_of(w.type) % kUnitBytes == 0;
 }
 
 Pointwise Network::stem() const {

@@ -78,8 +78,8 @@ class Network {
   Pointwise pointwise(int64_t block, int64_t slot) const;
   // The same with the plain matrix itself.
   Pointwise pointwise(int64_t block, const MixerWeights& weights) const;
-  // Whether products can read plain matrices where they are: in the element type of the chain, rows of whole units.
-  bool reads(const MixerWeights& weights) const;
+  // Whether products can read plain matrices where they are: in the element type of the operands, rows of whole units.
+  static bool reads(const Kernels& kernels, const NetworkShape& shape, const MixerWeights& weights);
   Pointwise stem() const;
   Pointwise head() const;
 

@@ -17,6 +17,8 @@
 // line, a plane apart: their addresses share a few sets of L1. Measured in turns on two cores of an Emerald
 // Rapids, float32, batch 8: 1024/20 k9 415 against 347 ms, 768/32 k3 314 against 293, 256/8 k5 10.3 against 9.8.
 //
+// V has the operands, Out the chain: the same in inference; training's chain is float32 whatever it multiplies.
+//
 // Numerics: float32 sums in order of the input channel, the same for every tile shape and thread count.
 #pragma once
 #include "epilogue.h"
@@ -24,13 +26,12 @@
 
 namespace spin {
 
-template <class V>
+template <class V, class Out>
 struct Product {
   using F = typename V::F;
-  static constexpr int64_t kUnitBytes = 4;
-  static constexpr int64_t kUnits = V::kLanes;  // units in a line: a line is one register wide
+  static constexpr int64_t kUnits = V::kLanes;  // units in a line: a line is one register wide, of either
   static constexpr int64_t kLineBytes = kUnits * kUnitBytes;
-  static constexpr int64_t kVectorBytes = kLineBytes / V::kLineVectors;  // a vector of channels in a line
+  static constexpr int64_t kVectorBytes = kLineBytes / Out::kLineVectors;  // a vector of channels in a line
 
   static constexpr int64_t kLineChannels = V::kLanes * V::kLineVectors;
   static constexpr bool kPairs = V::kLineVectors == 2;  // a unit holds two channels
@@ -44,24 +45,31 @@ struct Product {
   };
 
   static void pack_tokens(const PackTokensArgs& a) {
+    // A line of panels of bf16 takes two lines of a float32 chain; half a transposition is then for nothing.
+    constexpr int64_t kLines = V::kLineVectors / Out::kLineVectors, kLineUnits = kUnits / kLines;
+    const int64_t lines = ceil_div(a.lines, kLines), unit = a.line * kLineUnits;
     const Panels panels(a.tokens);
     for (int64_t p = 0; p < panels.count; ++p) {
       const int64_t first = panels.begin(p), vectors = panels.begin(p + 1) - first;
-      char* to = a.panels + (first * a.lines + a.line * vectors) * kUnits * kLineBytes;
+      char* to = a.panels + (first * lines * kUnits + unit * vectors) * kLineBytes;
       for (int64_t v = 0; v < vectors; ++v, to += kLineBytes) {
         F block[V::kLanes];
         const int64_t token = (first + v) * V::kLanes, left = a.tokens - token;
+        auto load = [&](int64_t t) __attribute__((always_inline)) {
+          const F line = V::load(a.input + (token + t) * kLineBytes);
+          if constexpr (kLines == 1) return line;
+          const F lines[] = {line, V::zero()};
+          return V::to_units(lines);
+        };
         if (left >= V::kLanes) {
 #pragma GCC unroll 16
-          for (int t = 0; t < V::kLanes; ++t) block[t] = V::load(a.input + (token + t) * kLineBytes);
+          for (int t = 0; t < V::kLanes; ++t) block[t] = load(t);
         } else {
-          for (int t = 0; t < V::kLanes; ++t) {
-            block[t] = t < left ? V::load(a.input + (token + t) * kLineBytes) : V::zero();
-          }
+          for (int t = 0; t < V::kLanes; ++t) block[t] = t < left ? load(t) : V::zero();
         }
         V::transpose(block);
 #pragma GCC unroll 16
-        for (int64_t unit = 0; unit < kUnits; ++unit) V::store(to + unit * vectors * kLineBytes, block[unit]);
+        for (int64_t u = 0; u < kLineUnits; ++u) V::store(to + u * vectors * kLineBytes, block[u]);
       }
     }
   }
@@ -156,8 +164,8 @@ struct Product {
     const int64_t lines = ceil_div(a.input_channels, kLineChannels);
     const int64_t steps = panels.count * ceil_div(a.output_channels, V::kTileRows) * lines;
     Prefetch prefetch{a.prefetch, a.prefetch + a.prefetch_bytes, ceil_div(a.prefetch_bytes / kCacheLine, steps)};
-    const int64_t line = a.first_vector / V::kLineVectors;
-    const int64_t lane = a.first_vector % V::kLineVectors * kVectorBytes;
+    const int64_t line = a.first_vector / Out::kLineVectors;
+    const int64_t lane = a.first_vector % Out::kLineVectors * kVectorBytes;
     with_activation(a.activation, [&](auto activation) {
       for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t first = panels.begin(p), vectors = panels.begin(p + 1) - first;
@@ -170,7 +178,7 @@ struct Product {
           panel_of<3>(a, panel, sums, prefetch);
         }
         const int64_t token = first * V::kLanes, left = a.tokens - token, place = token * kLineBytes + lane;
-        epilogue<V, decltype(activation)::value, false>(
+        epilogue<Out, decltype(activation)::value, false>(
             {sums, V::kLanes, left < vectors * V::kLanes ? left : vectors * V::kLanes, a.gain, a.bias, a.scale, a.shift,
              a.residual ? a.residual + line * a.residual_stride + place : nullptr,
              a.output + line * a.output_stride + place, kLineBytes});

@@ -77,7 +77,7 @@ class Runner {
         batch_(batch),
         parallel_(parallel) {
     plain_ = weights_ && !weights_->pw_coefficients;
-    converted_ = plain_ && !net_.reads(*weights_);
+    converted_ = plain_ && !Network::reads(net_.kernels(), shape_, *weights_);
     height_ = shape_.whole() ? grid(batch.input.height) : batch.input.height;
     width_ = shape_.whole() ? grid(batch.input.width) : batch.input.width;
     lines_ = net_.lines(shape_.channels);

@@ -17,12 +17,13 @@ struct TrainingCall {
   int64_t input_stride;
   std::optional<float> eps;
   float *dw_stats, *pw_stats;  // (depth, 2, channels): mean, biased variance; written forward, read backward
+  int64_t kept;                // pre-activations per block that are saved: 0 (no backward pass), 1 (the product's) or 2
   char* saved;                 // saved_elements() of the shape's type
 };
 
-// Two pre-activations per block; with pw_residual every eighth input of a block too. Channels in whole vectors of any
-// instruction set.
-int64_t saved_elements(const NetworkShape& shape, int64_t tokens);
+// What is kept, and with pw_residual every eighth input of a block too. Channels in whole vectors of any instruction
+// set.
+int64_t saved_elements(const NetworkShape& shape, int64_t kept, int64_t tokens);
 
 void train_forward(const Kernels& kernels, const TrainingCall& call, const External& output, int64_t output_stride,
                    const Parallel& parallel);

@@ -1,7 +1,9 @@
 // What the two directions of training share: where things lie, and the input of a block from what was saved.
 //
 // The whole batch is one row of tokens: a line is [token of the batch][lane], so a line item sees all values of its
-// channels and BatchNorm's sums need no other thread. Products take bands of tokens whose panels fit L2.
+// channels and BatchNorm's sums need no other thread. It may be larger than L2 (2 MB at batch 32 of 32 x 32), so it is
+// passed as few times as can be: image by image around a convolution, band by band (256 tokens, 16 KB) elsewhere.
+// Products take bands of tokens whose panels fit L2.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -20,6 +22,27 @@ alignas(kCacheLine) inline constexpr float kOnes[kMaxLanes] = {1, 1, 1, 1, 1, 1,
 
 enum class Stage { kDepthwise = 0, kPointwise = 1 };  // of a block: which of its two activations
 
+// Some tokens of the batch.
+struct Tokens {
+  int64_t first, count;
+};
+
+// Mean and sum of squared deviations of a vector of channels, from those of parts that are added in order.
+struct Moments {
+  double mean[kMaxLanes] = {}, deviations[kMaxLanes] = {}, count = 0;
+
+  // Chan, Golub and LeVeque's update.
+  void add(const double* part, int64_t lanes, int64_t tokens) {  // part: mean, then deviations
+    const double share = double(tokens) / (count + double(tokens));
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const double delta = part[lane] - mean[lane];
+      mean[lane] += delta * share;
+      deviations[lane] += part[lanes + lane] + delta * delta * share * count;
+    }
+    count += double(tokens);
+  }
+};
+
 // A normalisation of one vector of channels: scale * (u - center) + shift.
 struct Norm {
   alignas(kCacheLine) float scale[kMaxLanes], shift[kMaxLanes], center[kMaxLanes], inverse_deviation[kMaxLanes];
@@ -32,7 +55,7 @@ class Training {
         call_(call),
         shape_(call.shape),
         composed_(call.weights.pw_coefficients != nullptr),
-        in_place_(!composed_ && call.weights.type == DType::kFloat32),
+        in_place_(Network::reads(kernels, call.shape, call.weights)),
         net_(kernels, call.shape, in_place_ ? 0 : call.shape.matrices),
         lanes_(kernels.lanes),
         lines_(net_.lines(shape_.channels)),
@@ -53,14 +76,17 @@ class Training {
   // Tokens: a panel at least; past the most, reading a matrix once more per band costs nothing.
   static constexpr int64_t kLeastBand = 48, kMostBand = 256;
 
-  struct Band {
-    int64_t first, tokens;
-  };
-  Band band(int64_t b) const {
+  Tokens band(int64_t b) const {
     const int64_t first = b * band_tokens_;
     return {first, std::min(band_tokens_, tokens_ - first)};
   }
-  int64_t panel_floats() const { return lines_ * lanes_ * round_up(tokens_, lanes_); }
+  Tokens image(int64_t i) const { return {i * height_ * width_, height_ * width_}; }
+  // Of a line, in floats.
+  int64_t at(const Tokens& tokens) const { return tokens.first * lanes_; }
+
+  // Of all tokens, in units. A line of panels holds one or two lines.
+  int64_t panel_lines() const { return ceil_div(lines_ * size_of(k_.operand), kUnitBytes); }
+  int64_t panel_bytes() const { return panel_lines() * lanes_ * kUnitBytes * round_up(tokens_, lanes_); }
 
   // ---- memory ----
 
@@ -114,44 +140,65 @@ class Training {
     return n;
   }
 
-  // ---- what is saved ----
+  // ---- pre-activations and inputs ----
 
-  char* saved(int64_t index, int64_t line) const {
-    return call_.saved + (index * lines_ + line) * line_ * size_of(shape_.type);
+  int64_t line_bytes() const { return line_ * size_of(shape_.type); }
+  bool is_kept(Stage stage) const { return call_.kept == 2 || (call_.kept == 1 && stage == Stage::kPointwise); }
+
+  // Those that are not kept have places of their own, for `slots` blocks in turn.
+  void place_recomputed(int64_t slots) {
+    slots_ = slots;
+    recomputed_ = take((2 - call_.kept) * slots * lines_ * line_bytes());
   }
-  Activated activated(Stage stage, int64_t d, int64_t line) const {
-    return {saved(2 * d + int64_t(stage), line), shape_.type, shape_.activation, call_.eps.has_value(), tokens_};
+  Activated activated(Stage stage, int64_t d, int64_t line, const Tokens& tokens) const {
+    char* pre;
+    if (is_kept(stage)) {
+      pre = call_.saved + ((call_.kept * (d + 1) - 2 + int64_t(stage)) * lines_ + line) * line_bytes();
+    } else {
+      pre = recomputed_ + ((int64_t(stage) * slots_ + d % slots_) * lines_ + line) * line_bytes();
+    }
+    return {pre + at(tokens) * size_of(shape_.type), shape_.type, shape_.activation, call_.eps.has_value(),
+            tokens.count};
   }
   bool anchored(int64_t d) const { return shape_.pw_residual && d > 0 && d % kAnchorInterval == 0; }
-  Activated anchor(int64_t d, int64_t line) const {
-    return {saved(2 * shape_.depth + d / kAnchorInterval - 1, line), shape_.type, Activation::kIdentity, true, tokens_};
+  Activated anchor(int64_t d, int64_t line, const Tokens& tokens) const {
+    const int64_t index = call_.kept * shape_.depth + d / kAnchorInterval - 1;
+    return {call_.saved + (index * lines_ + line) * line_bytes() + at(tokens) * size_of(shape_.type), shape_.type,
+            Activation::kIdentity, true, tokens.count};
   }
 
-  // Normalised act(saved) (+ residual).
-  void transform(Stage stage, int64_t d, int64_t line, const float* residual, float* out) const {
-    const Norm n = norm(stage, d, line);
-    k_.transform({activated(stage, d, line), n.center, n.scale, n.shift, residual, out});
+  // Normalised act(pre) (+ residual).
+  void transform(const Activated& a, const Norm& n, const float* residual, float* out) const {
+    k_.transform({a, n.center, n.scale, n.shift, residual, out});
+  }
+  // As it is.
+  void widen(const Activated& a, float* out) const { k_.transform({a, kZeros, kOnes, kZeros, nullptr, out}); }
+
+  void load(const External& first, int64_t stride, int64_t image, int64_t line, float* out) const {
+    External from = first;
+    from.data += image * stride * size_of(first.type);
+    k_.load(from, line, reinterpret_cast<char*>(out));
+  }
+  void store(const float* from, int64_t line, const External& first, int64_t stride, int64_t image) const {
+    External to = first;
+    to.data += image * stride * size_of(first.type);
+    k_.store(reinterpret_cast<const char*>(from), line, to);
   }
 
-  void load(const External& first, int64_t stride, int64_t line, float* out) const {
-    External image = first;
-    for (int64_t i = 0; i < call_.batch; ++i, image.data += stride * size_of(image.type)) {
-      k_.load(image, line, reinterpret_cast<char*>(out + i * plane_));
-    }
-  }
-  void store(const float* from, int64_t line, const External& first, int64_t stride) const {
-    External image = first;
-    for (int64_t i = 0; i < call_.batch; ++i, image.data += stride * size_of(image.type)) {
-      k_.store(reinterpret_cast<const char*>(from + i * plane_), line, image);
-    }
+  // The depthwise of an image into its pre-activation; `wide` holds a plane.
+  void depthwise(int64_t d, int64_t line, const Activated& to, const float* x, float* wide, char* scratch) const {
+    const Network::Depthwise w = net_.depthwise(d, line);
+    char* pre = const_cast<char*>(to.pre);
+    const bool narrow = to.type != DType::kFloat32;
+    convolve(x, w.taps, w.bias, nullptr, narrow ? reinterpret_cast<char*>(wide) : pre, scratch);
+    if (narrow) k_.narrow(wide, to.type, plane_, pre);
   }
 
-  void pack_tokens(const float* line_of_tokens, int64_t line, float* panels) const {
-    for (int64_t b = 0; b < bands_; ++b) {
-      const Band at = band(b);
-      k_.pack_tokens({reinterpret_cast<const char*>(line_of_tokens + at.first * lanes_), at.tokens, line, lines_,
-                      reinterpret_cast<char*>(panels + at.first * lines_ * lanes_)});
-    }
+  // ---- kernels ----
+
+  void pack_tokens(const float* band, int64_t line, const Tokens& tokens, char* panels) const {
+    k_.pack_tokens({reinterpret_cast<const char*>(band), tokens.count, line, lines_,
+                    panels + at(tokens) * panel_lines() * kUnitBytes});
   }
 
   // A line of a product without activation: gain * (rows * panels) + bias (+ residual), for a band of tokens.
@@ -160,11 +207,11 @@ class Training {
     int64_t stride;  // bytes
     const float *bias, *gain;
   };
-  void product(const Rows& rows, int64_t line, const Band& at, const float* panels, const char* residual,
+  void product(const Rows& rows, int64_t line, const Tokens& tokens, const char* panels, const char* residual,
                char* output) const {
     const int64_t next = line + 1 < lines_ ? channels_of(line + 1) : 0;
     k_.product({
-        .panels = reinterpret_cast<const char*>(panels + at.first * lines_ * lanes_),
+        .panels = panels + at(tokens) * panel_lines() * kUnitBytes,
         .input_channels = shape_.channels,
         .weights = rows.first,
         .row_stride = rows.stride,
@@ -178,7 +225,7 @@ class Training {
         .residual_stride = 0,
         .output = output,
         .output_stride = 0,
-        .tokens = at.tokens,
+        .tokens = tokens.count,
         .activation = Activation::kIdentity,
         .prefetch = rows.first + channels_of(line) * rows.stride,
         .prefetch_bytes = next * rows.stride,
@@ -206,6 +253,8 @@ class Training {
   int threads_;
   char* memory_ = nullptr;
   int64_t used_ = 0;
+  char* recomputed_;
+  int64_t slots_;
 };
 
 }  // namespace spin

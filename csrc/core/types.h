@@ -12,11 +12,12 @@ enum class Activation : uint32_t { kGelu, kGeluTanh, kRelu, kSilu, kIdentity };
 constexpr int64_t kMaxChannels = 8192;
 constexpr int64_t kMaxKernelSize = 31;
 constexpr int64_t kCacheLine = 64;
+constexpr int64_t kUnitBytes = 4;  // of an operand of a product: a float or a pair of bf16
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-inline int64_t size_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t size_of(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
 // The compiler may place a non-inlined copy of a plain inline function in any object file, also in one
 // that is built for a newer processor; so everything the vector files call is forced inline.

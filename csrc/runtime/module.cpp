@@ -162,8 +162,8 @@ py::tuple mixer_gradients(const py::array& grad, const py::array& x, const py::a
                           const py::array& pw_affine, const std::vector<int64_t>& pw_index,
                           const std::optional<std::vector<int64_t>>& dw_index,
                           const std::optional<py::array>& pw_coefficients, const std::optional<py::array>& pw_gain,
-                          const std::string& activation, bool pw_residual, std::optional<float> eps, int threads,
-                          const std::string& isa) {
+                          const std::string& activation, bool pw_residual, std::optional<float> eps, bool checkpoint,
+                          int threads, const std::string& isa) {
   const auto [s, weights] = read_mixer(x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_index,
                                        dw_index, pw_coefficients, pw_gain, activation, pw_residual);
   if (type_of(grad, "grad") != s.type || shape_of(grad) != shape_of(x)) {
@@ -195,8 +195,8 @@ py::tuple mixer_gradients(const py::array& grad, const py::array& x, const py::a
     grads.append(gradient);
   }
   auto as_floats = [&](int i) { return reinterpret_cast<float*>(to[i]); };
-  const int64_t tokens = x.shape(0) * x.shape(2) * x.shape(3);
-  std::vector<char> saved(saved_elements(s, tokens) * size_of(s.type));
+  const int64_t tokens = x.shape(0) * x.shape(2) * x.shape(3), kept = checkpoint ? 1 : 2;
+  std::vector<char> saved(saved_elements(s, kept, tokens) * size_of(s.type));
   const TrainingCall call{s,
                           weights,
                           x.shape(0),
@@ -205,6 +205,7 @@ py::tuple mixer_gradients(const py::array& grad, const py::array& x, const py::a
                           eps,
                           reinterpret_cast<float*>(data(dw_stats)),
                           reinterpret_cast<float*>(data(pw_stats)),
+                          kept,
                           saved.data()};
   const auto gradient_of_x = grads[0].cast<py::array>();
   const MixerGradients out{view_of(gradient_of_x, s.type),
@@ -217,7 +218,7 @@ py::tuple mixer_gradients(const py::array& grad, const py::array& x, const py::a
                            as_floats(6),
                            as_floats(7),
                            as_floats(8)};
-  const Kernels& kernels = select_kernels(DType::kFloat32, isa);
+  const Kernels& kernels = select_training_kernels(s.type, isa);
   const Parallel parallel = own_threads(threads);
   {
     py::gil_scoped_release release;
@@ -304,7 +305,7 @@ PYBIND11_MODULE(spin_runtime, m) {
   m.def("mixer_gradients", &spin::mixer_gradients, "grad"_a, "x"_a, "dw_weight"_a, "dw_bias"_a, "dw_affine"_a,
         "pw_weight"_a, "pw_bias"_a, "pw_affine"_a, "pw_index"_a, py::kw_only(), "dw_index"_a = py::none(),
         "pw_coefficients"_a = py::none(), "pw_gain"_a = py::none(), "activation"_a = "gelu", "pw_residual"_a = false,
-        "eps"_a = py::none(), "threads"_a = 1, "isa"_a = "",
+        "eps"_a = py::none(), "checkpoint"_a = false, "threads"_a = 1, "isa"_a = "",
         "Forward and backward of the mixer; with eps the statistics are the batch's. (y, dw_stats, pw_stats, gradients "
         "of "
         "x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain).");

@@ -197,7 +197,7 @@ Tensor pooled(const Tensor& like, int64_t elements, int64_t item_bytes) {
 }
 
 TrainingCall training_call(const Mixer& m, const Tensor& x, std::optional<double> eps, const Tensor& dw_stats,
-                           const Tensor& pw_stats, const Tensor& saved) {
+                           const Tensor& pw_stats, int64_t kept, const Tensor& saved) {
   check_input(x, m.shape);
   return {m.shape,
           m.weights,
@@ -207,11 +207,11 @@ TrainingCall training_call(const Mixer& m, const Tensor& x, std::optional<double
           eps ? std::optional<float>(float(*eps)) : std::nullopt,
           static_cast<float*>(dw_stats.data_ptr()),
           static_cast<float*>(pw_stats.data_ptr()),
+          kept,
           static_cast<char*>(saved.data_ptr())};
 }
 
-// float32 kernels, whatever the tensors' type: sums and everything between the products are float32.
-const Kernels& training_kernels() { return select_kernels(DType::kFloat32, forced_isa()); }
+const Kernels& training_kernels(DType type) { return select_training_kernels(type, forced_isa()); }
 
 using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Tensors9 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -221,19 +221,20 @@ Tensors4 mixer_train_cpu(const Tensor& x, const Tensor& dw_weight, const std::op
                          const Tensor& pw_affine, const std::optional<Tensor>& pw_coefficients,
                          const std::optional<Tensor>& pw_gain, const std::vector<int64_t>& pw_index,
                          const std::optional<std::vector<int64_t>>& dw_index, const std::string& activation,
-                         bool pw_residual, std::optional<double> eps) {
+                         bool pw_residual, std::optional<double> eps, int64_t save) {
   const Mixer m = read_mixer(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain,
                              pw_index, dw_index, activation, pw_residual);
   check_input(x, m.shape);
+  STD_TORCH_CHECK(save >= 0 && save <= 2, "save: expected 0, 1 or 2 tensors per block, got ", save);
   return within_memory("x", [&] {
     const int64_t depth = m.shape.depth, tokens = x.size(0) * x.size(2) * x.size(3);
     const std::vector<int64_t> stats = eps ? std::vector<int64_t>{depth, 2, m.shape.channels} : std::vector<int64_t>{0};
     Tensor y = output_for(x), dw_stats = new_tensor(x, stats, ScalarType::Float),
            pw_stats = new_tensor(x, stats, ScalarType::Float),
-           saved = pooled(x, saved_elements(m.shape, tokens), size_of(m.shape.type));
+           saved = pooled(x, saved_elements(m.shape, save, tokens), size_of(m.shape.type));
     if (tokens > 0) {
-      train_forward(training_kernels(), training_call(m, x, eps, dw_stats, pw_stats, saved), view_of(y, m.shape.type),
-                    y.stride(0), torch_parallel());
+      train_forward(training_kernels(m.shape.type), training_call(m, x, eps, dw_stats, pw_stats, save, saved),
+                    view_of(y, m.shape.type), y.stride(0), torch_parallel());
     }
     return Tensors4{y, dw_stats, pw_stats, saved};
   });
@@ -258,8 +259,9 @@ Tensors9 mixer_backward_cpu(const Tensor& grad, const Tensor& dw_stats, const Te
   check_input(grad, m.shape);
   const int64_t tokens = x.size(0) * x.size(2) * x.size(3), stats = eps ? m.shape.depth * 2 * m.shape.channels : 0;
   for (int64_t i = 0; i < 4; ++i) STD_TORCH_CHECK(grad.size(i) == x.size(i), "grad: expected the shape of x");
+  const int64_t kept = saved.numel() == saved_elements(m.shape, 1, tokens) ? 1 : 2;
   STD_TORCH_CHECK(dtype_of(saved, "saved") == m.shape.type && saved.is_contiguous() &&
-                      saved.numel() == saved_elements(m.shape, tokens),
+                      saved.numel() == saved_elements(m.shape, kept, tokens),
                   "saved: expected what the forward pass with the same arguments saved");
   for (const Tensor* t : {&dw_stats, &pw_stats}) {
     STD_TORCH_CHECK(dtype_of(*t, "stats") == DType::kFloat32 && t->is_contiguous() && t->numel() == stats,
@@ -283,8 +285,8 @@ Tensors9 mixer_backward_cpu(const Tensor& grad, const Tensor& dw_stats, const Te
                              bytes(std::get<2>(grads)),     floats(std::get<3>(grads)), bytes(std::get<4>(grads)),
                              bytes(std::get<5>(grads)),     floats(std::get<6>(grads)), floats(std::get<7>(grads)),
                              floats(std::get<8>(grads))};
-    train_backward(training_kernels(), training_call(m, x, eps, dw_stats, pw_stats, saved), view_of(grad, m.shape.type),
-                   grad.stride(0), out, torch_parallel());
+    train_backward(training_kernels(m.shape.type), training_call(m, x, eps, dw_stats, pw_stats, kept, saved),
+                   view_of(grad, m.shape.type), grad.stride(0), out, torch_parallel());
     return grads;
   });
 }

@@ -25,8 +25,10 @@ STABLE_TORCH_LIBRARY(spin, m) {
       "repeat_weight(Tensor weight, Tensor? alpha, Tensor? beta, Tensor? gate, int out_channels, "
       "int in_channels) -> Tensor");
 
-  // y, dw_stats, pw_stats and what backward needs. eps None: frozen statistics.
-  m.def("_mixer(Tensor x, " MIXER_WEIGHTS ", float? eps, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Both of the mixers (eps None: frozen statistics, empty stats), keeping one tensor per block for backward, not two.
+  m.def("_checkpointed_mixer_block(" PUBLIC_MIXER ", float? eps=None) -> (Tensor y, Tensor dw_stats, Tensor pw_stats)");
+  // y, dw_stats, pw_stats and what backward needs: `save` tensors per block, 0, 1 or 2. eps None: frozen statistics.
+  m.def("_mixer(Tensor x, " MIXER_WEIGHTS ", float? eps, int save) -> (Tensor, Tensor, Tensor, Tensor)");
   // Gradients of the nine tensors in order, empty for absent ones.
   m.def("_mixer_backward(Tensor grad, Tensor dw_stats, Tensor pw_stats, Tensor saved, Tensor x, " MIXER_WEIGHTS
         ", float? eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
@@ -39,7 +41,7 @@ STABLE_TORCH_LIBRARY(spin, m) {
 
   // The C++ CPU kernels: inference with frozen statistics, from plain or from packed weights.
   m.def("_mixer_cpu(Tensor x, " MIXER_WEIGHTS ") -> Tensor");
-  m.def("_mixer_train_cpu(Tensor x, " MIXER_WEIGHTS ", float? eps) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("_mixer_train_cpu(Tensor x, " MIXER_WEIGHTS ", float? eps, int save) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("_mixer_backward_cpu(Tensor grad, Tensor dw_stats, Tensor pw_stats, Tensor saved, Tensor x, " MIXER_WEIGHTS
         ", float? eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("_pack_mixer(" MIXER_WEIGHTS ") -> Tensor");

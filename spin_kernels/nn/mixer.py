@@ -35,6 +35,7 @@ class SharedMixer(Float32State, Freezable):
         bias: whether the convolutions have biases; a pointwise bias is shared as its matrix is.
         eps: of BatchNorm.
         momentum: of the running statistics; None averages over all batches, as in ``nn.BatchNorm2d``.
+        checkpoint: keeps one tensor per block for the backward pass instead of two, which convolves once more.
 
     Parameters: dw_weight (D, C, k, k), dw_bias (D, C), dw_affine (D, 2, C), pw_weight (S, C, C) or (T, C, C)
     as [out, in], pw_bias (S, C), pw_affine (D, 2, C), pw_coefficients (S, T), pw_gain (D, 1) or (D, C). An
@@ -62,6 +63,7 @@ class SharedMixer(Float32State, Freezable):
         bias: bool = True,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        checkpoint: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -87,7 +89,7 @@ class SharedMixer(Float32State, Freezable):
         self.dim, self.depth, self.kernel_size, self.sharing = dim, depth, kernel_size, sharing
         self.activation, self.pw_residual = activation, pw_residual
         self.templates, self.transform = templates, transform
-        self.eps, self.momentum = eps, momentum
+        self.eps, self.momentum, self.checkpoint = eps, momentum, checkpoint
         self.pw_index = tuple(sharing.index)
 
         shared = sharing.num_shared
@@ -138,6 +140,8 @@ class SharedMixer(Float32State, Freezable):
             return self._call_packed(x)
         if self.training:
             return self._normalise_with_batch_statistics(x)
+        if self.checkpoint:
+            return torch.ops.spin._checkpointed_mixer_block(x, **self._op_arguments())[0]
         return torch.ops.spin.shared_mixer_block(x, **self._op_arguments())
 
     def _op_arguments(self) -> dict[str, Any]:
@@ -169,8 +173,10 @@ class SharedMixer(Float32State, Freezable):
                 f"SharedMixer: expected a single process in training mode, got {processes}: batch statistics "
                 "would be local to each; train in one process or put the mixer in eval mode"
             )
-        arguments = self._op_arguments()
-        y, dw_stats, pw_stats = torch.ops.spin.shared_mixer_block_train(x, **arguments, eps=self.eps)
+        op = torch.ops.spin.shared_mixer_block_train
+        if self.checkpoint:
+            op = torch.ops.spin._checkpointed_mixer_block
+        y, dw_stats, pw_stats = op(x, **self._op_arguments(), eps=self.eps)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             momentum = self.momentum
@@ -212,8 +218,8 @@ class SharedMixer(Float32State, Freezable):
         text = f"{self.dim}, depth={self.depth}, kernel_size={self.kernel_size}"
         text += f", shared={self.sharing.num_shared}, activation={self.activation}"
         text += f", pw_residual={self.pw_residual}"
-        for name in ("templates", "transform"):
-            if getattr(self, name) is not None:
+        for name in ("templates", "transform", "checkpoint"):
+            if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
         return text + ("" if self.dw_bias is not None else ", bias=False")
 
