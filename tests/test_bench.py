@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
@@ -142,6 +143,20 @@ def test_tiny_run(tmp_path, monkeypatch):
         assert 0 < row["error"] < 1e-5
         assert {"net", "batch", "dtype", "provider", "max_error", "spread", "bursts", "floor_ms"} < set(row)
         assert len(row["bursts"]) == FAST.least_rounds
+
+
+def test_training_run(capsys):
+    case = networks.Case(networks.NETWORKS[-1], 2, "float32", training=True)
+    with session.Session(["spin", "spin checkpoint", "eager"], 1, "cpu") as run:
+        run.run([case], FAST, lambda text, done: None)
+    assert not run.failures
+    rows = {row["provider"]: row for row in report.finish(run.rows, run.ceilings.peaks)}
+    assert all(0 < row["error"] < 1e-4 and 0 < row["forward_share"] < 1 for row in rows.values())
+    held = {name: row["held_mb"] for name, row in rows.items()}
+    assert held["spin checkpoint"] < held["spin"] < held["eager"]
+    report.show(Console(width=200), list(rows.values()), [], run.ceilings)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("forward", "backward", "held MB"))
 
 
 def test_a_dead_worker_is_a_reason(tmp_path):

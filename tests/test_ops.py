@@ -109,16 +109,16 @@ def test_opcheck_private(channels_last: bool, eps: float | None) -> None:
     arguments = mixer_arguments(channels_last=channels_last)
     grad = torch.randn_like(arguments["x"])
     private = private_arguments(arguments, eps)
-    opcheck(spin._mixer.default, (*private, False))
-    _, *stats_and_saved = spin._mixer.default(*private, True)
-    opcheck(spin._mixer_backward.default, (grad, *stats_and_saved, *private))
+    wide = private_arguments(mixer_arguments(dtype=torch.float64, requires_grad=True), eps)
     # Where the forward pass saved nothing, the backward pass begins with one that does.
-    expected = spin._mixer_backward.default(grad, *stats_and_saved, *private)
-    again = spin._mixer_backward.default(grad, *(torch.empty(0) for _ in stats_and_saved), *private)
-    assert all(torch.equal(got, gradient) for got, gradient in zip(again, expected, strict=True))
-    opcheck(
-        spin._mixer.default, (*private_arguments(mixer_arguments(dtype=torch.float64, requires_grad=True), eps), True)
-    )
+    expected = spin._mixer_backward.default(grad, *(torch.empty(0) for _ in range(3)), *private)
+    opcheck(spin._mixer.default, (*private, 0))
+    for save in (1, 2):
+        opcheck(spin._mixer.default, (*wide, save))
+        _, *stats_and_saved = spin._mixer.default(*private, save)
+        opcheck(spin._mixer_backward.default, (grad, *stats_and_saved, *private))
+        got = spin._mixer_backward.default(grad, *stats_and_saved, *private)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_opcheck_private_backwards() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-OURS = ("spin frozen", "spin")
+INFERENCE, TRAINING = ("spin frozen", "spin"), ("spin", "spin checkpoint")
+OURS = (*INFERENCE, *TRAINING[1:])
 PEERS = {  # the name --peers takes -> its variants
     "eager": ("eager", "eager channels_last"),
     "compile": ("compile", "compile channels_last"),
@@ -24,7 +25,7 @@ def peers_of(suite: str, device: str) -> tuple[str, ...]:
 
 def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
     """The providers of a run: ours, then all variants of the peers (None: all; eager for blocks)."""
-    ours = ("spin",) if suite == "train" else OURS
+    ours = TRAINING if suite == "train" else INFERENCE
     if peers is None:
         peers = list(peers_of(suite, device)) if suite in ("networks", "train") else ["eager"]
     return [*ours, *(variant for peer in peers for variant in PEERS[peer])]

@@ -11,7 +11,7 @@ from spinbench.plain import Plain
 
 
 @torch.no_grad()
-def make_ours(network: Network, plain: Plain) -> nn.Module:
+def make_ours(network: Network, plain: Plain, checkpoint: bool = False) -> nn.Module:
     """The registered model of that name, or a SharedMixer for blocks alone, with the weights of `plain`."""
     if network.patch:
         model = spin.models.create(network.name)
@@ -23,6 +23,7 @@ def make_ours(network: Network, plain: Plain) -> nn.Module:
         sharing = spin.Sharing(network.depth, network.rate)
         settings = {"activation": network.activation, "pw_residual": network.pw_residual}
         model = mixer = spin.nn.SharedMixer(network.dim, network.depth, network.kernel, sharing, **settings)
+    mixer.checkpoint = checkpoint
     for d, block in enumerate(plain.blocks):
         mixer.dw_weight[d].copy_(block.depthwise.weight[:, 0])
         mixer.dw_bias[d].copy_(block.depthwise.bias)

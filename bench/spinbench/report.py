@@ -94,6 +94,7 @@ def table(rows: list[dict]) -> Table:
         "spread",
         *(["us/block"] if per_block else []),
         "of floor",
+        *(["forward", "backward"] if training else []),
         "ratio",
         "error (L2)",
         *(["held MB", "peak MB"] if training else []),
@@ -123,10 +124,19 @@ def cells_of(row: dict, best: bool, per_block: bool, training: bool) -> list[str
         f"{row['spread']:.0%}",
         *([f"{1e3 * row['ms'] / row['depth']:.0f}"] if per_block else []),
         f"{row['fraction']:.0%}" if row["fraction"] else "-",
+        *(fractions_of_passes(row) if training else []),
         f"{row['ratio']:.2f}" if row["ratio"] else "-",
         f"{row['error']:.1e}",
         *([f"{row['held_mb']:.0f}", f"{row['peak_mb']:.0f}"] if training else []),
     ]
+
+
+def fractions_of_passes(row: dict) -> list[str]:
+    """Of a training step: a third of the floor is the forward pass', two thirds are the backward pass'."""
+    if not row["fraction"]:
+        return ["-", "-"]
+    share = row["forward_share"]
+    return [f"{row['fraction'] / 3 / share:.0%}", f"{row['fraction'] * 2 / 3 / (1 - share):.0%}"]
 
 
 def geometric_means(rows: list[dict]) -> list[tuple[str, float, int]]:
@@ -178,7 +188,9 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
             chosen = [row for row in rows if row["dtype"] == dtype and row["provider"] == provider]
             places = [names.index(label_of(row)) + (i + 0.5) * width - 0.425 for row in chosen]
             color = (
-                ("#c0392b", "#e59866")[OURS.index(provider)] if provider in OURS else plt.cm.viridis(i / len(providers))
+                ("#c0392b", "#e59866", "#f5cba7")[OURS.index(provider)]
+                if provider in OURS
+                else plt.cm.viridis(i / len(providers))
             )
             axis.bar(places, [row[value] for row in chosen], width, color=color, label=provider)
         axis.set(title=dtype, ylabel=label)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from spinbench.catalog import TRAINING
 from spinbench.providers import Job
 
 
@@ -30,13 +32,14 @@ def gradient(model: nn.Module) -> Tensor:
 
 
 def make_step(name: str, job: Job) -> tuple[Callable[[], Tensor], dict[str, float]]:
-    """The step of a provider, and megabytes: held between forward and backward (without parameters and their casts),
-    and by which a step's peak of resident memory is above what the process had with its model and nothing else."""
+    """The step of a provider, the share of the forward pass (with the loss) in it, and megabytes: held between forward
+    and backward (without parameters and their casts), and by which a step's peak of resident memory is above what the
+    process had with its model and nothing else."""
     x = job.x
-    if name == "spin":
+    if name in TRAINING:
         from spinbench.ours import make_ours
 
-        model = make_ours(job.case.network, job.plain).to(x.device)
+        model = make_ours(job.case.network, job.plain, checkpoint=name != "spin").to(x.device)
     else:
         layout = torch.channels_last if name.endswith("channels_last") else torch.contiguous_format
         model, x = job.plain.to(x.device).to(memory_format=layout), x.to(memory_format=layout)
@@ -59,7 +62,31 @@ def make_step(name: str, job: Job) -> tuple[Callable[[], Tensor], dict[str, floa
     reset_peak()
     step()
     peak = resident("VmHWM") - before
-    return step, {"held_mb": held_bytes(forward, model) / 1e6, "peak_mb": peak / 1e6}
+    return step, {
+        "forward_share": forward_share(forward),
+        "held_mb": held_bytes(forward, model) / 1e6,
+        "peak_mb": peak / 1e6,
+    }
+
+
+def forward_share(forward: Callable[[], Tensor], tries: int = 3) -> float:
+    """Of the time of both passes, the best of each."""
+    passes = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        loss = forward()
+        wait(loss)
+        middle = time.perf_counter()
+        loss.backward()
+        wait(loss)
+        passes.append((middle - start, time.perf_counter() - middle))
+    first, second = map(min, zip(*passes, strict=True))
+    return first / (first + second)
+
+
+def wait(result: Tensor) -> None:
+    if result.is_cuda:
+        torch.cuda.synchronize()
 
 
 def trim() -> None:
