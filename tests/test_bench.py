@@ -154,9 +154,11 @@ def test_training_run(capsys):
     assert all(0 < row["error"] < 1e-4 and 0 < row["forward_share"] < 1 for row in rows.values())
     held = {name: row["held_mb"] for name, row in rows.items()}
     assert held["spin checkpoint"] < held["spin"] < held["eager"]
-    report.show(Console(width=200), list(rows.values()), [], run.ceilings)
+    report.show(Console(width=120), list(rows.values()), [], run.ceilings)
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("forward", "backward", "held MB"))
+    assert all(
+        name in printed for name in ("fwd", "bwd", "held", "peak", "spin checkpoint", f"{rows['spin']['ratio']:.2f}")
+    )
 
 
 def test_a_dead_worker_is_a_reason(tmp_path):

@@ -64,7 +64,10 @@ def describe(ceilings: Ceilings) -> str:
 def show(console: Console, rows: list[dict], failures: list[dict], ceilings: Ceilings) -> None:
     if rows:
         console.print(table(rows))
-        console.print("ratio: for ours best peer / ours, for a peer its time / ours; *: the best of each side")
+        console.print("floor: the part of it that was reached; error: relative L2; *: the best of each side")
+        console.print("ratio: for ours best peer / ours, for a peer its time / ours")
+        if is_training(rows):
+            console.print("fwd, bwd: floor of either pass; MB held between them, and at the peak of a step")
         console.print("machine at: multiply-adds in registers during the same bursts / the best of the run")
     console.print(describe(ceilings), highlight=False)
     for dtype, mean, count in geometric_means(rows):
@@ -85,7 +88,7 @@ def show(console: Console, rows: list[dict], failures: list[dict], ceilings: Cei
 
 def table(rows: list[dict]) -> Table:
     per_block = any("block" in row["net"] for row in rows)
-    training = any("held_mb" in row for row in rows)
+    training = is_training(rows)
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("case", no_wrap=True)
     table.add_column("provider", no_wrap=True)
@@ -93,11 +96,11 @@ def table(rows: list[dict]) -> Table:
         "ms",
         "spread",
         *(["us/block"] if per_block else []),
-        "of floor",
-        *(["forward", "backward"] if training else []),
+        "floor",
+        *(["fwd", "bwd"] if training else []),
         "ratio",
-        "error (L2)",
-        *(["held MB", "peak MB"] if training else []),
+        "error",
+        *(["held", "peak"] if training else []),
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for (net, batch, dtype), group in groupby(rows, case_of):
@@ -115,6 +118,10 @@ def table(rows: list[dict]) -> Table:
             table.add_row(line or "", *cells, style="bold" if row and row["provider"] in OURS else None)
         table.add_section()
     return table
+
+
+def is_training(rows: list[dict]) -> bool:
+    return any("held_mb" in row for row in rows)
 
 
 def cells_of(row: dict, best: bool, per_block: bool, training: bool) -> list[str]:

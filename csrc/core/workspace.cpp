@@ -52,25 +52,36 @@ void advise_huge_pages(char* data, int64_t bytes) {
 
 Workspace::Workspace(int64_t bytes) {
   if (bytes < 1) bytes = 1;
+  Block outgrown{};
   {
     Pool& p = pool();
     std::lock_guard lock(p.mutex);
-    size_t best = p.blocks.size();
+    auto take = [&](size_t i) {
+      const Block block = p.blocks[i];
+      p.bytes -= block.capacity;
+      p.blocks.erase(p.blocks.begin() + i);
+      return block;
+    };
+    // The smallest that fits; without one, the largest makes way: the pool grows to what calls need, not to the sum.
+    size_t fitting = p.blocks.size(), largest = p.blocks.size();
     for (size_t i = 0; i < p.blocks.size(); ++i) {
-      if (p.blocks[i].capacity < bytes) continue;
-      if (best == p.blocks.size() || p.blocks[i].capacity < p.blocks[best].capacity) best = i;
+      const int64_t capacity = p.blocks[i].capacity;
+      if (capacity >= bytes) {
+        if (fitting == p.blocks.size() || capacity < p.blocks[fitting].capacity) fitting = i;
+      } else if (largest == p.blocks.size() || capacity > p.blocks[largest].capacity) {
+        largest = i;
+      }
     }
-    if (best < p.blocks.size()) {
-      data_ = p.blocks[best].data;
-      capacity_ = p.blocks[best].capacity;
-      p.bytes -= capacity_;
-      p.blocks.erase(p.blocks.begin() + best);
+    if (fitting < p.blocks.size()) {
+      const Block block = take(fitting);
+      data_ = block.data, capacity_ = block.capacity;
       return;
     }
+    if (largest < p.blocks.size()) outgrown = take(largest);
   }
+  std::free(outgrown.data);
   const Block block = allocate(bytes);
-  data_ = block.data;
-  capacity_ = block.capacity;
+  data_ = block.data, capacity_ = block.capacity;
 }
 
 Workspace::~Workspace() {
