@@ -1,5 +1,7 @@
 """Which backend serves a call: one table, one environment variable (SPIN_BACKEND), one explanation."""
 
+import functools
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -52,9 +54,33 @@ def _cpu_mixer_refusal(args: Sequence[Any]) -> str | None:
     return None
 
 
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _triton_mixer_refusal(args: Sequence[Any]) -> str | None:
+    x, eps = args[0], args[-1]
+    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+    if not has_triton():
+        return "triton is not installed"
+    if x.device.type != "cuda" and not (x.device.type == "cpu" and interprets):
+        return "x is not on a GPU and Triton's interpreter is off (TRITON_INTERPRET=1)"
+    if x.dtype not in _NARROW:
+        return "x is float64"
+    if x.dtype == torch.bfloat16 and interprets:
+        return "Triton's interpreter multiplies bfloat16 matrices wrongly"
+    if eps is not None:
+        return "it has no statistics of the batch yet"
+    return None
+
+
 # Operator -> its kernels in order of preference; the reference serves what none of them can.
 KERNELS: dict[str, tuple[Kernel, ...]] = {
-    "mixer": (Kernel("cpu", "_mixer_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),),
+    "mixer": (
+        Kernel("cpu", "_mixer_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),
+        Kernel("triton", "triton_ops.mixer", _triton_mixer_refusal, "the tensors are on a GPU"),
+    ),
     "mixer_backward": (Kernel("cpu", "_mixer_backward_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),),
     "compose_superweights": (),
     "compose_superweights_backward": (),
@@ -72,13 +98,13 @@ def choose(op: str, args: Sequence[Any]) -> Choice:
     forced = os.environ.get("SPIN_BACKEND")
     if forced:
         return _choose_forced(op, args, forced)
-    why = "no other kernel of this operator is built"
+    refusals = []
     for kernel in KERNELS[op]:
         refusal = kernel.refusal(args)
         if refusal is None:
             return Choice(kernel.backend, kernel.name, kernel.reason)
-        why = refusal
-    return Choice("reference", "plain PyTorch", why)
+        refusals.append(f"{kernel.backend}: {refusal}")
+    return Choice("reference", "plain PyTorch", "; ".join(refusals) or "no other kernel of this operator is built")
 
 
 def _choose_forced(op: str, args: Sequence[Any], forced: str) -> Choice:

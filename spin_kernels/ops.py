@@ -77,7 +77,12 @@ def _run_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _refuse_forward_mode()
     checks.mixer(*args)
     x = args[0]
-    if dispatch.choose("mixer", args).backend == "cpu":
+    backend = dispatch.choose("mixer", args).backend
+    if backend == "triton":
+        from triton_ops.mixer import mixer  # only where triton is installed
+
+        return mixer(*args[:-1]), _empty(x), _empty(x), _empty(x)
+    if backend == "cpu":
         if args[-1] is None and not save:
             return _mixer_cpu(*args[:-1]), _empty(x), _empty(x), _empty(x)
         return _mixer_train_cpu(*args, save)

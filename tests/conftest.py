@@ -3,9 +3,17 @@
 import os
 import zlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
+
+if not torch.cuda.is_available() and find_spec("triton"):
+    # Triton reads this where kernels are defined, its own among them: before anything else imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton_ops.mixer  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
 
 _SEED = int(os.environ.get("SPIN_TEST_SEED") or torch.seed() % 2**31)
 

@@ -1,0 +1,130 @@
+"""The Triton kernels against the reference: on a GPU where there is one, else in Triton's interpreter."""
+
+import os
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from arguments import cast, mixer_arguments, tensors_of
+from test_random_shapes import any_arguments, assert_right, expected_format
+from torch import Tensor
+
+from spin_kernels import dispatch, reference
+
+pytest.importorskip("triton", reason="triton is not installed")
+from triton_ops import configs, mixer
+
+ON_GPU = torch.cuda.is_available()
+SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "300"))
+CHUNKS = 10
+BLOCK = torch.ops.spin.shared_mixer_block.default
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU  # the interpreter's bfloat16 products are wrong
+
+
+@pytest.fixture(autouse=True)
+def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPIN_BACKEND", "triton")
+    if not ON_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def on_device(a: dict[str, Any]) -> dict[str, Any]:
+    return {n: v.cuda() if ON_GPU and isinstance(v, Tensor) else v for n, v in a.items()}
+
+
+def check(a: dict[str, Any]) -> None:
+    before = {name: tensor.clone() for name, tensor in tensors_of(a).items()}
+    y = BLOCK(**on_device(a)).cpu()
+    assert y.dtype == a["x"].dtype
+    assert y.is_contiguous(memory_format=expected_format(a["x"]))
+    for name, tensor in tensors_of(a).items():
+        assert torch.equal(tensor, before[name]), f"{name} was changed"
+    assert_right(y, lambda dtype: reference.mixer(**(cast(a, dtype) if dtype == torch.float64 else a))[0], a["x"])
+
+
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_shapes(chunk: int) -> None:
+    for _ in range(SHAPES // CHUNKS):
+        seed = int(torch.randint(2**31, ()))
+        torch.manual_seed(seed)
+        rng = Random(seed)
+        a, layout = any_arguments(rng)
+        if a["x"].dtype not in DTYPES:
+            a |= {n: t.half() for n, t in tensors_of(a).items() if t.dtype == torch.bfloat16}
+        if a["dw_weight"].shape[-1] > 5 and not ON_GPU:  # every tap of a program takes a millisecond in the interpreter
+            a["dw_weight"] = a["dw_weight"][..., :5, :5]
+        print(f"seed {seed}: {a['x'].dtype} {layout}", {n: tuple(v.shape) for n, v in tensors_of(a).items()})
+        check(a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+@pytest.mark.parametrize("size", [(7, 7), (16, 16), (14, 15), (20, 3)])
+def test_every_kernel_and_epilogue(size: tuple[int, int], activation: str, dtype: torch.dtype) -> None:
+    for bias, gain, residual, templates in ((True, False, False, None), (False, True, True, 3)):
+        a = mixer_arguments(
+            batch=2, channels=33, height=size[0], width=size[1], kernel=3, depth=3, filters=2, templates=templates,
+            bias=bias, gain=gain, dtype=dtype, activation=activation, pw_residual=residual,
+        )  # fmt: skip
+        check(a)
+
+
+def test_large_kernels() -> None:
+    for kernel in (11, 31):
+        check(mixer_arguments(batch=1, channels=5, height=6, width=7, kernel=kernel, depth=1))
+
+
+def test_chunks_of_a_batch_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = mixer_arguments(batch=5, channels=20, height=7, width=7, depth=3, dtype=torch.float16)
+    whole = BLOCK(**on_device(a))
+    monkeypatch.setattr(mixer, "images_per_chunk", lambda *_: 2)
+    assert torch.equal(BLOCK(**on_device(a)), whole)
+
+
+def test_both_paths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = mixer_arguments(batch=2, channels=40, height=16, width=15, depth=3, dtype=torch.float16, pw_residual=True)
+    fused = BLOCK(**on_device(a))
+    assert configs.fused_tiles(240, 40, 2, configs.Device.of(fused.device)) is not None
+    monkeypatch.setattr(mixer, "fused_tiles", lambda *_: None)
+    apart = BLOCK(**on_device(a))
+    torch.testing.assert_close(fused, apart, rtol=2e-3, atol=2e-3)
+
+
+def test_gradients_come_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = on_device(mixer_arguments(batch=2, channels=9, requires_grad=True))
+    leaves = list(tensors_of(a).values())
+    for leaf in leaves:
+        leaf.retain_grad()
+    y = BLOCK(**a)
+    weight = torch.randn_like(y)
+    monkeypatch.delenv("SPIN_BACKEND")
+    grads = torch.autograd.grad(y, leaves, weight)
+    expected = torch.autograd.grad(reference.mixer(**a)[0], leaves, weight)
+    for got, exact in zip(grads, expected, strict=True):
+        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
+
+
+def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = on_device(mixer_arguments())
+    assert dispatch.explain("shared_mixer_block", **a).backend == "triton"
+    with pytest.raises(RuntimeError, match="no statistics of the batch"):
+        dispatch.explain("shared_mixer_block_train", **a)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if not ON_GPU:
+        with pytest.raises(RuntimeError, match="x is not on a GPU and Triton's interpreter is off"):
+            BLOCK(**a)
+        monkeypatch.delenv("SPIN_BACKEND")
+        assert dispatch.explain("shared_mixer_block", **a).backend == "cpu"
+
+
+def test_tiles_fit_every_device() -> None:
+    for device in configs.DEVICES.values():
+        choices = list(configs.every_choice(device))
+        assert 5 < len(choices) < 100
+        for _, item, tiles in choices:
+            if isinstance(tiles, configs.ProductTiles):
+                assert tiles.shared_bytes(item) <= device.shared_bytes
+            assert tiles.reason
+        assert configs.images_per_chunk(1, 256, 768, 2, device) == 1
+        assert configs.images_per_chunk(10**6, 256, 768, 2, device) < 10**4

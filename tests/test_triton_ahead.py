@@ -1,0 +1,23 @@
+"""Every configuration of the Triton kernels compiled for GPUs that are not here: a process without the interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+from triton_ops import configs
+
+
+@pytest.mark.parametrize("arch", list(configs.DEVICES))
+def test_compiles_within_shared_memory(arch: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "triton_ops.ahead", arch]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {k["kernel"] for k in kernels} == {"compose", "depthwise", "product", "fused"}
+    most = configs.DEVICES[arch].shared_bytes
+    assert not [k for k in kernels if k["shared"] > most]
