@@ -4,7 +4,7 @@
 // channels (neighbours in one cache line) and multiplies them with 3 lines of input channels: 24 sums in registers, 11
 // loads for 24 multiply-adds, nothing packed. With vdpbf16ps a step takes two tokens, whose vectors were rounded and
 // interleaved (pack). One call computes a vector of output channels for all input channels and at most some hundred
-// tokens; the gradient's part (16 KB at 256 tokens) stays in L1, the input's streams from L2.
+// tokens; the input's part (48 KB at 256 tokens) is used by both tiles of rows in turn, for the most part from L1.
 // Cost: tokens * channels * vectors multiply-adds. Numerics: float32 sums in order of the tokens, call by call.
 #pragma once
 #include "kernels.h"
@@ -62,23 +62,22 @@ struct WeightGradient {
     }
   }
 
-  template <int kRows>
-  static void rows(const WeightGradientArgs& a, int64_t row) {
-    int64_t vector = 0;
-    for (; vector + V::kPanelVectors <= a.vectors; vector += V::kPanelVectors) {
-      tile<kRows, V::kPanelVectors>(a, row, vector);
-    }
-    if constexpr (V::kPanelVectors > 2) {
-      if (a.vectors - vector == 2) return tile<kRows, 2>(a, row, vector);
-    }
-    if (vector < a.vectors) tile<kRows, 1>(a, row, vector);
+  // All rows of a few vectors of inputs: they come from L1 after the first tile.
+  template <int kVectors>
+  static void columns(const WeightGradientArgs& a, int64_t vector) {
+    constexpr int kRows = V::kTileRows < V::kLanes ? V::kTileRows : V::kLanes, kRest = V::kLanes % kRows;
+    int64_t row = 0;
+    for (; row + kRows <= kLanes; row += kRows) tile<kRows, kVectors>(a, row, vector);
+    if constexpr (kRest > 0) tile<kRest, kVectors>(a, row, vector);
   }
 
   static void run(const WeightGradientArgs& a) {
-    constexpr int kRows = V::kTileRows < V::kLanes ? V::kTileRows : V::kLanes, kRest = V::kLanes % kRows;
-    int64_t row = 0;
-    for (; row + kRows <= kLanes; row += kRows) rows<kRows>(a, row);
-    if constexpr (kRest > 0) rows<kRest>(a, row);
+    int64_t vector = 0;
+    for (; vector + V::kPanelVectors <= a.vectors; vector += V::kPanelVectors) columns<V::kPanelVectors>(a, vector);
+    if constexpr (V::kPanelVectors > 2) {
+      if (a.vectors - vector == 2) return columns<2>(a, vector);
+    }
+    if (vector < a.vectors) columns<1>(a, vector);
   }
 
   static void transpose(const TransposeArgs& a) {
