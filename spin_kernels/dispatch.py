@@ -60,7 +60,7 @@ def has_triton() -> bool:
 
 
 def _triton_mixer_refusal(args: Sequence[Any]) -> str | None:
-    x, eps = args[0], args[-1]
+    x = args[0]
     interprets = os.environ.get("TRITON_INTERPRET") == "1"
     if not has_triton():
         return "triton is not installed"
@@ -70,8 +70,6 @@ def _triton_mixer_refusal(args: Sequence[Any]) -> str | None:
         return "x is float64"
     if x.dtype == torch.bfloat16 and interprets:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly"
-    if eps is not None:
-        return "it has no statistics of the batch yet"
     return None
 
 
@@ -81,7 +79,10 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("cpu", "_mixer_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),
         Kernel("triton", "triton_ops.mixer", _triton_mixer_refusal, "the tensors are on a GPU"),
     ),
-    "mixer_backward": (Kernel("cpu", "_mixer_backward_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),),
+    "mixer_backward": (
+        Kernel("cpu", "_mixer_backward_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),
+        Kernel("triton", "triton_ops.training", _triton_mixer_refusal, "the tensors are on a GPU"),
+    ),
     "compose_superweights": (),
     "compose_superweights_backward": (),
     "repeat_weight": (),

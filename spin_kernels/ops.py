@@ -79,9 +79,12 @@ def _run_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = args[0]
     backend = dispatch.choose("mixer", args).backend
     if backend == "triton":
-        from triton_ops.mixer import mixer  # only where triton is installed
+        from triton_ops import mixer, training  # only where triton is installed
 
-        return mixer(*args[:-1]), _empty(x), _empty(x), _empty(x)
+        *arguments, eps = args
+        if eps is None and not save:
+            return mixer.mixer(*arguments), _empty(x), _empty(x), _empty(x)
+        return training.forward(*arguments, eps=eps, save=save)
     if backend == "cpu":
         if args[-1] is None and not save:
             return _mixer_cpu(*args[:-1]), _empty(x), _empty(x), _empty(x)
@@ -96,20 +99,21 @@ def _fake_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checks.mixer(*args[:-1])
     x, pw_index, pw_residual, eps, save = args[0], args[_TENSORS], *args[-3:]
     y = torch.empty_like(x, memory_format=reference.output_format(x))
-    saved = _empty(x)
-    if save and dispatch.choose("mixer", args[:-1]).backend == "cpu":
-        saved = x.new_empty(_saved_elements(x, len(pw_index), pw_residual, save))
+    saved, backend = _empty(x), dispatch.choose("mixer", args[:-1]).backend
+    if save and backend in ("cpu", "triton"):
+        saved = x.new_empty(_saved_elements(x, len(pw_index), pw_residual, save, backend))
     if eps is None:
         return y, _empty(x), _empty(x), saved
     size, dtype = (len(pw_index), 2, x.shape[1]), checks.WIDE[x.dtype]
     return y, x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype), saved
 
 
-def _saved_elements(x: Tensor, depth: int, pw_residual: bool, save: int) -> int:
-    """As saved_elements() of csrc/core/train.h."""
+def _saved_elements(x: Tensor, depth: int, pw_residual: bool, save: int, backend: str) -> int:
+    """As saved_elements() of csrc/core/train.h and of triton_ops/training.py."""
     batch, channels, height, width = x.shape
+    lanes = 16 if backend == "cpu" else 1
     anchors = (depth - 1) // 8 if pw_residual and depth else 0
-    return (save * depth + anchors) * ((channels + 15) // 16 * 16) * batch * height * width
+    return (save * depth + anchors) * ((channels + lanes - 1) // lanes * lanes) * batch * height * width
 
 
 def _reference_mixer(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -124,7 +128,16 @@ def _run_mixer_backward(
     grad: Tensor, dw_stats: Tensor, pw_stats: Tensor, saved: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
     checks.mixer_backward(grad, *args)
-    if dispatch.choose("mixer_backward", args).backend == "cpu":
+    backend = dispatch.choose("mixer_backward", args).backend
+    if backend == "triton":
+        from triton_ops import training
+
+        *arguments, eps = args
+        if saved.numel() == 0:
+            _, dw_stats, pw_stats, saved = training.forward(*arguments, eps=eps, save=_SAVED)
+        grads = training.backward(grad, dw_stats, pw_stats, saved, *arguments, eps=eps)
+        return tuple(_empty(grad) if g is None else g for g in grads)
+    if backend == "cpu":
         if saved.numel() == 0:  # the forward pass saved nothing, or ran elsewhere
             _, dw_stats, pw_stats, saved = _mixer_train_cpu(*args, _SAVED)
         return _mixer_backward_cpu(grad, dw_stats, pw_stats, saved, *args)

@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available() and find_spec("triton"):
     # Triton reads this where kernels are defined, its own among them: before anything else imports it.
     os.environ["TRITON_INTERPRET"] = "1"
-    import triton_ops.mixer  # noqa: F401
+    import triton_ops.training  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
 
@@ -36,6 +36,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls take the Triton kernels: on a GPU where there is one, else in Triton's interpreter."""
+    monkeypatch.setenv("SPIN_BACKEND", "triton")
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)

@@ -16,21 +16,25 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton_ops import configs, mixer
 
 ON_GPU = torch.cuda.is_available()
-SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "300"))
+SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "260"))
 CHUNKS = 10
 BLOCK = torch.ops.spin.shared_mixer_block.default
+pytestmark = pytest.mark.usefixtures("on_triton")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * ON_GPU  # the interpreter's bfloat16 products are wrong
-
-
-@pytest.fixture(autouse=True)
-def _forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SPIN_BACKEND", "triton")
-    if not ON_GPU:
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 def on_device(a: dict[str, Any]) -> dict[str, Any]:
     return {n: v.cuda() if ON_GPU and isinstance(v, Tensor) else v for n, v in a.items()}
+
+
+def for_interpreter(a: dict[str, Any]) -> dict[str, Any]:
+    """Without a GPU: no bfloat16, and fewer taps, because every one of a program takes a millisecond."""
+    if ON_GPU:
+        return a
+    a = a | {n: t.half() for n, t in tensors_of(a).items() if t.dtype == torch.bfloat16}
+    if a["dw_weight"].shape[-1] > 5:
+        a["dw_weight"] = a["dw_weight"][..., :3, :3]
+    return a
 
 
 def check(a: dict[str, Any]) -> None:
@@ -50,10 +54,7 @@ def test_random_shapes(chunk: int) -> None:
         torch.manual_seed(seed)
         rng = Random(seed)
         a, layout = any_arguments(rng)
-        if a["x"].dtype not in DTYPES:
-            a |= {n: t.half() for n, t in tensors_of(a).items() if t.dtype == torch.bfloat16}
-        if a["dw_weight"].shape[-1] > 5 and not ON_GPU:  # every tap of a program takes a millisecond in the interpreter
-            a["dw_weight"] = a["dw_weight"][..., :5, :5]
+        a = for_interpreter(a)
         print(f"seed {seed}: {a['x'].dtype} {layout}", {n: tuple(v.shape) for n, v in tensors_of(a).items()})
         check(a)
 
@@ -91,25 +92,10 @@ def test_both_paths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(fused, apart, rtol=2e-3, atol=2e-3)
 
 
-def test_gradients_come_from_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
-    a = on_device(mixer_arguments(batch=2, channels=9, requires_grad=True))
-    leaves = list(tensors_of(a).values())
-    for leaf in leaves:
-        leaf.retain_grad()
-    y = BLOCK(**a)
-    weight = torch.randn_like(y)
-    monkeypatch.delenv("SPIN_BACKEND")
-    grads = torch.autograd.grad(y, leaves, weight)
-    expected = torch.autograd.grad(reference.mixer(**a)[0], leaves, weight)
-    for got, exact in zip(grads, expected, strict=True):
-        torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-4)
-
-
 def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     a = on_device(mixer_arguments())
     assert dispatch.explain("shared_mixer_block", **a).backend == "triton"
-    with pytest.raises(RuntimeError, match="no statistics of the batch"):
-        dispatch.explain("shared_mixer_block_train", **a)
+    assert dispatch.explain("shared_mixer_block_train", **a).backend == "triton"
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if not ON_GPU:
         with pytest.raises(RuntimeError, match="x is not on a GPU and Triton's interpreter is off"):

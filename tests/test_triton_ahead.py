@@ -18,6 +18,6 @@ def test_compiles_within_shared_memory(arch: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {k["kernel"] for k in kernels} == {"compose", "depthwise", "product", "fused"}
+    assert len({k["kernel"] for k in kernels}) == 15
     most = configs.DEVICES[arch].shared_bytes
     assert not [k for k in kernels if k["shared"] > most]

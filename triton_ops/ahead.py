@@ -14,12 +14,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from . import elementwise
 from .compose import compose_kernel
-from .configs import DEVICES, DepthwiseTiles, every_choice
+from .configs import DEVICES, DepthwiseTiles, ProductTiles, elementwise_tiles, every_choice
 from .depthwise import depthwise_kernel
+from .depthwise_training import depthwise_backward_kernel, depthwise_forward_kernel, taps_gradient_kernel
 from .fused import fused_kernel
 from .mixer import COMPOSE_BLOCK
 from .product import product_kernel
+from .product_training import input_gradient_kernel, product_forward_kernel, weight_gradient_kernel
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -27,54 +30,87 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-POINTERS = {
-    "float32": ("affine", "gain", "pw_affine", "dw_affine", "coefficients"),
-    "chain": ("x", "y", "y_next", "taps", "bias", "pw_bias", "dw_bias", "matrix", "matrices", "templates"),
-}
-SIZES = ("height", "width", "M", "size")
-KERNEL_SIZES = (3, 9)
+# Arguments by name; all others are tensors in the type of the chain.
+FLOATS = (
+    "affine", "gain", "pw_affine", "dw_affine", "coefficients", "norm", "stats", "factors", "affine_gradient", "parts",
+)  # fmt: skip
+SIZES = (
+    "height", "width", "M", "size", "tiles", "block", "period", "total", "batch", "images", "split_tokens",
+)  # fmt: skip
+KERNEL_SIZES = (3, 9)  # the loop over taps is the same code for all
+
+Found = dict[str, Any]
 
 
 def compiled(
-    kernel: Any, item: int, arch: str, constants: dict[str, Any], **options: int
-) -> triton.compiler.CompiledKernel:
-    """As a call with aligned tensors would compile it; `item` bytes: float32 or bfloat16."""
-    chain = "*fp32" if item == 4 else "*bf16"
-    kinds = dict.fromkeys(POINTERS["float32"], "*fp32") | dict.fromkeys(POINTERS["chain"], chain)
-    kinds |= dict.fromkeys(SIZES, "i32") | dict.fromkeys(constants, "constexpr")
+    kernel: Any, item: int, arch: str, constants: dict[str, Any], parts: str = "*fp32", **options: int
+) -> Found:
+    """What a call with aligned tensors would compile; `item` bytes: float32 or bfloat16."""
+    kinds = dict.fromkeys(kernel.arg_names, "*fp32" if item == 4 else "*bf16")
+    kinds |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(SIZES, "i32") | {"parts": parts, "eps": "fp32"}
+    kinds |= dict.fromkeys(constants, "constexpr")
     signature = {name: kinds[name] for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=TARGETS[arch], options=options)
+    result = triton.compile(source, target=TARGETS[arch], options=options)
+    return {"kernel": kernel.__name__, "item": item, **constants, **options, "shared": result.metadata.shared}
 
 
-def every_kernel(arch: str) -> Iterator[dict[str, Any]]:
-    """Every kernel with every choice of tiles and the richest epilogue; and products with the plainest."""
+def every_kernel(arch: str) -> Iterator[Found]:
+    """Every kernel with every choice of tiles and the richest epilogue; products with the plainest, too."""
     for item in (2, 4):
-        k = compiled(compose_kernel, item, arch, {"TEMPLATES": 4, "BLOCK": COMPOSE_BLOCK})
-        yield {"kernel": "compose", "item": item, "shared": k.metadata.shared}
+        yield compiled(compose_kernel, item, arch, {"TEMPLATES": 4, "BLOCK": COMPOSE_BLOCK})
+        yield from of_elementwise(item, arch)
     for channels, item, tiles in every_choice(DEVICES[arch]):
-        shape = {"channels": channels, "item": item, "tiles": tiles}
         if isinstance(tiles, DepthwiseTiles):
-            for size in KERNEL_SIZES:
-                constants = {"C": channels, "KERNEL": size, "HAS_BIAS": True, "ACTIVATION": "gelu"}
-                constants |= {"BLOCK_T": tiles.block_t, "BLOCK_C": tiles.block_c}
-                k = compiled(depthwise_kernel, item, arch, constants, num_warps=tiles.warps)
-                yield {"kernel": "depthwise", "size": size, **shape, "shared": k.metadata.shared}
-            continue
-        blocks = {"BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k, "C": channels}
-        options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-        if tiles.group_m == 1:
-            constants = blocks | {"KERNEL": 3, "HAS_PW_BIAS": True, "HAS_DW_BIAS": True, "HAS_GAIN": True}
-            constants |= {"RESIDUAL": True, "ACTIVATION": "gelu"}
-            k = compiled(fused_kernel, item, arch, constants, **options)
-            yield {"kernel": "fused", **shape, "shared": k.metadata.shared}
-            continue
-        for rich in (True, False):
-            constants = blocks | {"GROUP_M": tiles.group_m, "HAS_BIAS": rich, "HAS_GAIN": rich, "RESIDUAL": rich}
-            constants["ACTIVATION"] = "gelu" if rich else "relu"
-            k = compiled(product_kernel, item, arch, constants, **options)
-            yield {"kernel": "product", "rich": rich, **shape, "shared": k.metadata.shared}
+            yield from of_depthwise(channels, item, tiles, arch)
+        elif tiles.group_m == 1:
+            yield of_fused(channels, item, tiles, arch)
+        else:
+            yield from of_product(channels, item, tiles, arch)
+
+
+def of_depthwise(channels: int, item: int, tiles: DepthwiseTiles, arch: str) -> Iterator[Found]:
+    shape = {"C": channels, "KERNEL": KERNEL_SIZES[0], "BLOCK_T": tiles.block_t, "BLOCK_C": tiles.block_c}
+    rich, options = {"HAS_BIAS": True, "ACTIVATION": "gelu"}, {"num_warps": tiles.warps}
+    for size in KERNEL_SIZES:
+        yield compiled(depthwise_kernel, item, arch, shape | rich | {"KERNEL": size}, **options)
+    yield compiled(depthwise_forward_kernel, item, arch, shape | rich | {"BATCH": True}, "*fp64", **options)
+    yield compiled(depthwise_backward_kernel, item, arch, shape, **options)
+    yield compiled(taps_gradient_kernel, item, arch, shape, **options)
+
+
+def blocks_of(channels: int, tiles: ProductTiles) -> tuple[dict[str, Any], dict[str, int]]:
+    blocks = {"C": channels, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
+    return blocks, {"num_warps": tiles.warps, "num_stages": tiles.stages}
+
+
+def of_fused(channels: int, item: int, tiles: ProductTiles, arch: str) -> Found:
+    blocks, options = blocks_of(channels, tiles)
+    rich = {"HAS_PW_BIAS": True, "HAS_DW_BIAS": True, "HAS_GAIN": True, "RESIDUAL": True, "ACTIVATION": "gelu"}
+    return compiled(fused_kernel, item, arch, blocks | rich | {"KERNEL": 3}, **options)
+
+
+def of_product(channels: int, item: int, tiles: ProductTiles, arch: str) -> Iterator[Found]:
+    blocks, options = blocks_of(channels, tiles)
+    rich = {"HAS_BIAS": True, "HAS_GAIN": True, "ACTIVATION": "gelu"}
+    plain = {"HAS_BIAS": False, "HAS_GAIN": False, "RESIDUAL": False, "ACTIVATION": "relu", "GROUP_M": tiles.group_m}
+    yield compiled(product_kernel, item, arch, blocks | plain, **options)
+    yield compiled(product_kernel, item, arch, blocks | plain | rich | {"RESIDUAL": True}, **options)
+    yield compiled(product_forward_kernel, item, arch, blocks | rich | {"BATCH": True}, "*fp64", **options)
+    yield compiled(input_gradient_kernel, item, arch, blocks | {"HAS_GAIN": True, "RESIDUAL": True}, **options)
+    yield compiled(weight_gradient_kernel, item, arch, blocks, **options)
+
+
+def of_elementwise(item: int, arch: str) -> Iterator[Found]:
+    tiles = elementwise_tiles(1 << 16, 768)
+    columns = {"C": 768, "BLOCK_C": tiles.block_c}
+    shape, options = columns | {"BLOCK_T": tiles.block_t, "ACTIVATION": "gelu"}, {"num_warps": tiles.warps}
+    yield compiled(elementwise.finish_moments_kernel, item, arch, columns, "*fp64", num_warps=1)
+    yield compiled(elementwise.normalise_kernel, item, arch, shape | {"RESIDUAL": True}, **options)
+    yield compiled(elementwise.gradient_sums_kernel, item, arch, shape, **options)
+    yield compiled(elementwise.finish_gradient_kernel, item, arch, columns | {"BATCH": True}, num_warps=1)
+    yield compiled(elementwise.gradient_kernel, item, arch, shape | {"BATCH": True}, **options)
 
 
 if __name__ == "__main__":

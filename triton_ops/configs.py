@@ -102,6 +102,12 @@ def depthwise_tiles(plane: int, channels: int) -> DepthwiseTiles:
     return DepthwiseTiles(min(next_power_of_2(plane), 4096 // block_c), block_c, 4, "32 sums per thread")
 
 
+def elementwise_tiles(tokens: int, channels: int) -> DepthwiseTiles:
+    """Of what only passes over activations: as many values per thread, more tokens, fewer parts to add."""
+    block_c = block(channels, 64)
+    return DepthwiseTiles(block(tokens, 4096 // block_c), block_c, 4, "32 values per thread")
+
+
 def images_per_chunk(batch: int, plane: int, channels: int, item: int, device: Device) -> int:
     """Images that go through all blocks together: their x and y stay in half of L2, and all processors have a tile."""
     stay = device.l2_bytes // 2 // (2 * plane * channels * item)

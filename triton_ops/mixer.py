@@ -41,23 +41,12 @@ def mixer(
     pw_residual: bool,
 ) -> Tensor:
     """y (B, C, H, W) of the checked arguments of ``spin::_mixer`` without eps, as spin_kernels.reference has it."""
-    depth, keeps_layout = len(pw_index), _is_channels_last(x)
-    if depth == 0 or x.numel() == 0:
-        return x.clone(memory_format=torch.channels_last if keeps_layout else torch.contiguous_format)
+    if len(pw_index) == 0 or x.numel() == 0:
+        return nothing(x)
+    filters = range(len(pw_index)) if dw_index is None else dw_index
     with on(x.device):
-        weights = Weights(
-            taps=dw_weight.flatten(2).transpose(1, 2).contiguous(),
-            dw_bias=_contiguous(dw_bias),
-            dw_affine=dw_affine.contiguous(),
-            matrices=compose(pw_weight, pw_coefficients),
-            pw_bias=_contiguous(pw_bias),
-            pw_affine=pw_affine.contiguous(),
-            gain=_contiguous(pw_gain),
-        )
-        filters = range(depth) if dw_index is None else dw_index
-        y = run(x.permute(0, 2, 3, 1).contiguous(), weights, filters, pw_index, activation, pw_residual)
-        y = y.permute(0, 3, 1, 2)
-        return y if keeps_layout else y.contiguous()
+        w = pack(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain)
+        return from_tokens(run(as_tokens(x), w, filters, pw_index, activation, pw_residual), x)
 
 
 @dataclass(frozen=True)
@@ -71,6 +60,27 @@ class Weights:
     pw_bias: Tensor | None
     pw_affine: Tensor
     gain: Tensor | None
+
+
+def pack(
+    dw_weight: Tensor,
+    dw_bias: Tensor | None,
+    dw_affine: Tensor,
+    pw_weight: Tensor,
+    pw_bias: Tensor | None,
+    pw_affine: Tensor,
+    pw_coefficients: Tensor | None,
+    pw_gain: Tensor | None,
+) -> Weights:
+    return Weights(
+        taps=dw_weight.flatten(2).transpose(1, 2).contiguous(),
+        dw_bias=_contiguous(dw_bias),
+        dw_affine=dw_affine.contiguous(),
+        matrices=compose(pw_weight, pw_coefficients),
+        pw_bias=_contiguous(pw_bias),
+        pw_affine=pw_affine.contiguous(),
+        gain=_contiguous(pw_gain),
+    )
 
 
 def run(
@@ -151,6 +161,22 @@ def on(device: torch.device) -> AbstractContextManager:
 
 def _contiguous(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
+
+
+def as_tokens(x: Tensor) -> Tensor:
+    """(B, H, W, C), x itself where it is channels_last."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def from_tokens(y: Tensor, x: Tensor) -> Tensor:
+    """(B, C, H, W) in the layout of x."""
+    y = y.permute(0, 3, 1, 2)
+    return y if _is_channels_last(x) else y.contiguous()
+
+
+def nothing(x: Tensor) -> Tensor:
+    """The result of no blocks, or of no values."""
+    return x.clone(memory_format=torch.channels_last if _is_channels_last(x) else torch.contiguous_format)
 
 
 def _is_channels_last(x: Tensor) -> bool:

@@ -1,0 +1,97 @@
+"""The pointwise half of a block in training: its pre-activation with statistics, and both of its gradients.
+
+    c = gain * (y W^T) + bias, kept; mean and deviations of act(c), a part per tile
+    d y = (gain * d c) W (+ residual)
+    P[o, i] = sum over tokens of d c[o] y[i]; the matrix' gradient is gain * P, the gain's the sum of W * P over i
+
+Tiling: as product.py. P's sum over tokens is split between programs, SPLIT_TOKENS each, whose parts are added in order
+into one float32 buffer per matrix, however many blocks share it.
+Cost: three products of 2 C^2 flops per token.
+"""
+
+import triton
+import triton.language as tl
+
+from .activation import activate
+from .elementwise import store_moments
+from .product import multiply
+
+
+@triton.jit
+def product_forward_kernel(
+    y, matrix, bias, gain, c, parts, M,
+    C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, BATCH: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(C, BLOCK_N)
+    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    tokens = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_c = rows < C
+    total = multiply(y, matrix, tokens, rows, M, C, BLOCK_M, BLOCK_N, BLOCK_K)
+    if HAS_GAIN:
+        total *= tl.load(gain + rows, mask=in_c, other=0.0)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + rows, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    kept = total.to(c.dtype.element_ty)
+    inside = (tokens < M)[:, None]
+    tl.store(c + tokens[:, None] * C + rows[None, :], kept, mask=inside & in_c[None, :])
+    if BATCH:
+        count = min(BLOCK_M, M - tile * BLOCK_M)
+        store_moments(activate(kept.to(tl.float32), ACTIVATION), inside, count, parts, tile, rows, C)
+
+
+@triton.jit
+def input_gradient_kernel(
+    gradient, matrix, gain, residual, out, M,
+    C: tl.constexpr, HAS_GAIN: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    columns = tl.cdiv(C, BLOCK_N)
+    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
+    tokens = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inputs = column * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    in_m, in_c = tokens < M, inputs < C
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(0, C, BLOCK_K):
+        outputs = first + k
+        a = tl.load(
+            gradient + tokens[:, None] * C + outputs[None, :], mask=in_m[:, None] & (outputs < C)[None, :], other=0.0
+        )
+        if HAS_GAIN:
+            a = (a * tl.load(gain + outputs, mask=outputs < C, other=0.0)[None, :]).to(gradient.dtype.element_ty)
+        b = tl.load(
+            matrix + outputs[:, None] * C + inputs[None, :], mask=(outputs < C)[:, None] & in_c[None, :], other=0.0
+        )
+        total = tl.dot(a, b, total, input_precision="ieee")
+    mask, place = in_m[:, None] & in_c[None, :], tokens[:, None] * C + inputs[None, :]
+    if RESIDUAL:
+        total += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    gradient, y, parts, M, split_tokens,
+    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """parts (splits, C, C): rows are output channels (BLOCK_M), columns input channels (BLOCK_N)."""
+    columns = tl.cdiv(C, BLOCK_N)
+    outputs = tl.program_id(0) // columns * BLOCK_M + tl.arange(0, BLOCK_M)
+    inputs = tl.program_id(0) % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1).to(tl.int64)
+    last = min((split + 1) * split_tokens, M)
+    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for first in range(split * split_tokens, last, BLOCK_K):
+        tokens = first + tl.arange(0, BLOCK_K)
+        a = tl.load(
+            gradient + tokens[None, :] * C + outputs[:, None],
+            mask=(tokens < last)[None, :] & (outputs < C)[:, None], other=0.0,
+        )  # fmt: skip
+        b = tl.load(
+            y + tokens[:, None] * C + inputs[None, :], mask=(tokens < last)[:, None] & (inputs < C)[None, :], other=0.0
+        )
+        total = tl.dot(a, b, total, input_precision="ieee")
+    mask = (outputs < C)[:, None] & (inputs < C)[None, :]
+    tl.store(parts + (split * C + outputs[:, None]) * C + inputs[None, :], total, mask=mask)
