@@ -90,7 +90,7 @@ def part_of(model, name: str, get) -> Tensor:
 
 
 def input_of(case, dtype):
-    return golden.load(case)["input"].to(dtype)
+    return golden.load(case)["input"].to(dtype, copy=True)  # which collects a gradient of its own
 
 
 @every_dtype

@@ -59,6 +59,8 @@ def one_of_two(rank: int, folder: str) -> None:
     parallel = DistributedDataParallel(model.eval())
     step(parallel, (image[half], label[half]))
     torch.save(gradients(model), f"{folder}/{rank}.pt")
+    dist.barrier()  # gloo's threads abort where the other side has gone already
+    del parallel
     dist.destroy_process_group()
 
 

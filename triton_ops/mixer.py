@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -25,28 +26,14 @@ from .product import product_kernel
 COMPOSE_BLOCK = 1024
 
 
-def mixer(
-    x: Tensor,
-    dw_weight: Tensor,
-    dw_bias: Tensor | None,
-    dw_affine: Tensor,
-    pw_weight: Tensor,
-    pw_bias: Tensor | None,
-    pw_affine: Tensor,
-    pw_coefficients: Tensor | None,
-    pw_gain: Tensor | None,
-    pw_index: Sequence[int],
-    dw_index: Sequence[int] | None,
-    activation: str,
-    pw_residual: bool,
-) -> Tensor:
-    """y (B, C, H, W) of the checked arguments of ``spin::_mixer`` without eps, as spin_kernels.reference has it."""
+def mixer(*args: Any) -> Tensor:
+    """y (B, C, H, W) of the checked arguments of ``spin::_mixer`` before eps, as spin_kernels.reference has it."""
+    x, *parameters, pw_index, dw_index, activation, pw_residual = args
     if len(pw_index) == 0 or x.numel() == 0:
         return nothing(x)
     filters = range(len(pw_index)) if dw_index is None else dw_index
     with on(x.device):
-        w = pack(dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_coefficients, pw_gain)
-        return from_tokens(run(as_tokens(x), w, filters, pw_index, activation, pw_residual), x)
+        return from_tokens(run(as_tokens(x), pack(*parameters), filters, pw_index, activation, pw_residual), x)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -216,7 +217,7 @@ class Blocks:
         return parts.sum(0)
 
 
-def forward(*args, eps: float | None, save: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(*args: Any, eps: float | None, save: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, dw_stats, pw_stats (empty without eps) and what was kept; the arguments of ``spin::_mixer`` before eps."""
     x, *parameters, pw_index, dw_index, activation, pw_residual = args
     depth = len(pw_index)
@@ -254,7 +255,7 @@ def forward(*args, eps: float | None, save: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def backward(
-    grad: Tensor, dw_stats: Tensor, pw_stats: Tensor, kept: Tensor, *args, eps: float | None
+    grad: Tensor, dw_stats: Tensor, pw_stats: Tensor, kept: Tensor, *args: Any, eps: float | None
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the nine tensors, None for absent ones."""
     x, *parameters, pw_index, dw_index, activation, pw_residual = args
