@@ -70,6 +70,8 @@ def _triton_mixer_refusal(args: Sequence[Any]) -> str | None:
         return "x is float64"
     if x.dtype == torch.bfloat16 and interprets:
         return "Triton's interpreter multiplies bfloat16 matrices wrongly"
+    if x.shape[1] * max(x.shape[1], x.shape[2] * x.shape[3]) >= 2**31:
+        return "an image or a matrix has more than 2^31 values, offsets in which are 32-bit"
     return None
 
 
@@ -88,6 +90,9 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "repeat_weight": (),
     "repeat_weight_backward": (),
 }
+
+# Backend -> the mixer's forward kernel that keeps what backward needs, or measures the batch's statistics.
+TRAINING_FORWARD = {"cpu": "_mixer_train_cpu", "triton": "triton_ops.training"}
 
 
 def choose(op: str, args: Sequence[Any]) -> Choice:
@@ -173,10 +178,10 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     if needs_gradient(*(a for a in arguments if isinstance(a, Tensor))):
         backward = choose(f"{family}_backward", arguments).backend
     kernel = choice.kernel
+    if family == "mixer" and (backward is not None or arguments[-1] is not None):
+        kernel = TRAINING_FORWARD.get(choice.backend, kernel)
     if choice.backend == "cpu":
         dtype = str(arguments[0].dtype).removeprefix("torch.")
-        if backward is not None or arguments[-1] is not None:
-            kernel = "_mixer_train_cpu"  # keeps what backward needs
         kernel = f"{kernel}, {torch.ops.spin._cpu_isa(dtype)}"
     return Explanation(name, choice.backend, kernel, choice.reason, backward)
 

@@ -100,20 +100,23 @@ def _fake_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, pw_index, pw_residual, eps, save = args[0], args[_TENSORS], *args[-3:]
     y = torch.empty_like(x, memory_format=reference.output_format(x))
     saved, backend = _empty(x), dispatch.choose("mixer", args[:-1]).backend
-    if save and backend in ("cpu", "triton"):
-        saved = x.new_empty(_saved_elements(x, len(pw_index), pw_residual, save, backend))
+    if backend == "cpu":
+        saved = x.new_empty(_saved_elements(x, len(pw_index), pw_residual, save))
+    elif backend == "triton":
+        from triton_ops import training
+
+        saved = x.new_empty(training.saved_elements(x, len(pw_index), pw_residual, save))
     if eps is None:
         return y, _empty(x), _empty(x), saved
     size, dtype = (len(pw_index), 2, x.shape[1]), checks.WIDE[x.dtype]
     return y, x.new_empty(size, dtype=dtype), x.new_empty(size, dtype=dtype), saved
 
 
-def _saved_elements(x: Tensor, depth: int, pw_residual: bool, save: int, backend: str) -> int:
-    """As saved_elements() of csrc/core/train.h and of triton_ops/training.py."""
+def _saved_elements(x: Tensor, depth: int, pw_residual: bool, save: int) -> int:
+    """As saved_elements() of csrc/core/train.h: channels in whole groups of 16."""
     batch, channels, height, width = x.shape
-    lanes = 16 if backend == "cpu" else 1
     anchors = (depth - 1) // 8 if pw_residual and depth else 0
-    return (save * depth + anchors) * ((channels + lanes - 1) // lanes * lanes) * batch * height * width
+    return (save * depth + anchors) * ((channels + 15) // 16 * 16) * batch * height * width if save else 0
 
 
 def _reference_mixer(*args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:

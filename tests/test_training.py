@@ -55,7 +55,7 @@ def one_of_two(rank: int, folder: str) -> None:
     image, label = batch()
     half = slice(2 * rank, 2 * rank + 2)
     with pytest.raises(RuntimeError, match="expected a single process in training mode, got 2: batch statistics"):
-        DistributedDataParallel(copy.deepcopy(model).train())(image[half])
+        copy.deepcopy(model).train()(image[half])
     parallel = DistributedDataParallel(model.eval())
     step(parallel, (image[half], label[half]))
     torch.save(gradients(model), f"{folder}/{rank}.pt")

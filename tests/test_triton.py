@@ -95,7 +95,13 @@ def test_both_paths_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     a = on_device(mixer_arguments())
     assert dispatch.explain("shared_mixer_block", **a).backend == "triton"
-    assert dispatch.explain("shared_mixer_block_train", **a).backend == "triton"
+    assert dispatch.explain("shared_mixer_block", **a).kernel == "triton_ops.mixer"
+    assert dispatch.explain("shared_mixer_block_train", **a).kernel == "triton_ops.training"
+    leaf = a["x"].clone().requires_grad_()
+    explained = dispatch.explain("shared_mixer_block", **a | {"x": leaf})
+    assert (explained.kernel, explained.backward) == ("triton_ops.training", "triton")
+    wide = leaf.detach()[:, :1, :1, :1].expand(1, 1 << 16, 1, 1 << 15)
+    assert "2^31" in dispatch._triton_mixer_refusal([wide])
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if not ON_GPU:
         with pytest.raises(RuntimeError, match="x is not on a GPU and Triton's interpreter is off"):

@@ -95,5 +95,5 @@ def test_opcheck(eps: float | None) -> None:
 @pytest.mark.skipif(ON_GPU, reason="the cases are CPU tensors; on a GPU the shapes above are what is checked")
 @pytest.mark.parametrize("case", test_golden.CASES, ids=lambda case: case["name"])
 def test_published_cases(case: dict) -> None:
-    test_golden.test_inference(case, torch.float32)
+    test_golden.test_inference(case, torch.float32)  # the assertions are in these
     test_golden.test_training(case, torch.float32)

@@ -93,12 +93,13 @@ def of_fused(channels: int, item: int, tiles: ProductTiles, arch: str) -> Found:
 
 def of_product(channels: int, item: int, tiles: ProductTiles, arch: str) -> Iterator[Found]:
     blocks, options = blocks_of(channels, tiles)
+    grouped = blocks | {"GROUP_M": tiles.group_m}
     rich = {"HAS_BIAS": True, "HAS_GAIN": True, "ACTIVATION": "gelu"}
-    plain = {"HAS_BIAS": False, "HAS_GAIN": False, "RESIDUAL": False, "ACTIVATION": "relu", "GROUP_M": tiles.group_m}
-    yield compiled(product_kernel, item, arch, blocks | plain, **options)
-    yield compiled(product_kernel, item, arch, blocks | plain | rich | {"RESIDUAL": True}, **options)
-    yield compiled(product_forward_kernel, item, arch, blocks | rich | {"BATCH": True}, "*fp64", **options)
-    yield compiled(input_gradient_kernel, item, arch, blocks | {"HAS_GAIN": True, "RESIDUAL": True}, **options)
+    plain = {"HAS_BIAS": False, "HAS_GAIN": False, "RESIDUAL": False, "ACTIVATION": "relu"}
+    yield compiled(product_kernel, item, arch, grouped | plain, **options)
+    yield compiled(product_kernel, item, arch, grouped | rich | {"RESIDUAL": True}, **options)
+    yield compiled(product_forward_kernel, item, arch, grouped | rich | {"BATCH": True}, "*fp64", **options)
+    yield compiled(input_gradient_kernel, item, arch, grouped | {"HAS_GAIN": True, "RESIDUAL": True}, **options)
     yield compiled(weight_gradient_kernel, item, arch, blocks, **options)
 
 

@@ -16,6 +16,21 @@ from .activation import activate
 
 
 @triton.jit
+def tile_of_image(plane, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of this program: image, tile within it, the tile's tokens (may run past the plane) and channels (past C)."""
+    tiles = tl.cdiv(plane, BLOCK_T)
+    image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    return image, tile, tile * BLOCK_T + tl.arange(0, BLOCK_T), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+
+
+@triton.jit
+def places_of(image, tokens, channels, plane, C: tl.constexpr):
+    """Where a tile lies in (batch, plane, C), and which of its places exist."""
+    place = (image.to(tl.int64) * plane + tokens)[:, None] * C + channels[None, :]
+    return place, (tokens < plane)[:, None] & (channels < C)[None, :]
+
+
+@triton.jit
 def convolve(
     x, taps, image, tokens, channels, height, width,
     C: tl.constexpr, KERNEL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -49,8 +64,7 @@ def depthwise_end(
         tl.load(affine + channels, mask=in_c, other=0.0),
         tl.load(affine + C + channels, mask=in_c, other=0.0),
     )
-    place = (image.to(tl.int64) * plane + tokens)[:, None] * C + channels[None, :]
-    mask = (tokens < plane)[:, None] & in_c[None, :]
+    place, mask = places_of(image, tokens, channels, plane, C)
     value = activate(total, ACTIVATION) * scale[None, :] + shift[None, :]
     value += tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + place, value.to(y.dtype.element_ty), mask=mask)
@@ -62,9 +76,7 @@ def depthwise_kernel(
     C: tl.constexpr, KERNEL: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(height * width, BLOCK_T)
-    image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    tokens = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    plane = height * width
+    image, _, tokens, channels = tile_of_image(plane, BLOCK_T, BLOCK_C)
     total = convolve(x, taps, image, tokens, channels, height, width, C, KERNEL, BLOCK_T, BLOCK_C)
-    depthwise_end(total, x, bias, affine, y, image, tokens, channels, height * width, C, HAS_BIAS, ACTIVATION)
+    depthwise_end(total, x, bias, affine, y, image, tokens, channels, plane, C, HAS_BIAS, ACTIVATION)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .depthwise import convolve
+from .depthwise import convolve, places_of, tile_of_image
 from .elementwise import store_moments
 
 
@@ -24,20 +24,17 @@ def depthwise_forward_kernel(
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     plane = height * width
-    tiles = tl.cdiv(plane, BLOCK_T)
-    image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    tokens = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image, tile, tokens, channels = tile_of_image(plane, BLOCK_T, BLOCK_C)
     total = convolve(x, taps, image, tokens, channels, height, width, C, KERNEL, BLOCK_T, BLOCK_C)
     if HAS_BIAS:
         total += tl.load(bias + channels, mask=channels < C, other=0.0).to(tl.float32)[None, :]
     kept = total.to(a.dtype.element_ty)
-    inside = (tokens < plane)[:, None]
-    place = (image.to(tl.int64) * plane + tokens)[:, None] * C + channels[None, :]
-    tl.store(a + place, kept, mask=inside & (channels < C)[None, :])
+    place, mask = places_of(image, tokens, channels, plane, C)
+    tl.store(a + place, kept, mask=mask)
     if BATCH:
         count = min(BLOCK_T, plane - tile * BLOCK_T)
-        store_moments(activate(kept.to(tl.float32), ACTIVATION), inside, count, parts, tl.program_id(0), channels, C)
+        value = activate(kept.to(tl.float32), ACTIVATION)
+        store_moments(value, (tokens < plane)[:, None], count, parts, tl.program_id(0), channels, C)
 
 
 @triton.jit
@@ -46,13 +43,9 @@ def depthwise_backward_kernel(
     C: tl.constexpr, KERNEL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     plane = height * width
-    tiles = tl.cdiv(plane, BLOCK_T)
-    image, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
-    tokens = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    image, _, tokens, channels = tile_of_image(plane, BLOCK_T, BLOCK_C)
     total = convolve(gradient, taps, image, tokens, channels, height, width, C, KERNEL, BLOCK_T, BLOCK_C)
-    place = (image.to(tl.int64) * plane + tokens)[:, None] * C + channels[None, :]
-    mask = (tokens < plane)[:, None] & (channels < C)[None, :]
+    place, mask = places_of(image, tokens, channels, plane, C)
     total += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
 

@@ -22,6 +22,16 @@ from .activation import activate, differentiate
 
 
 @triton.jit
+def tile_of(M, C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of this program: the tile's number along tokens, its channels and which exist, its places and which exist."""
+    tile = tl.program_id(0)
+    tokens = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_c = channels < C
+    return tile, channels, in_c, tokens[:, None] * C + channels[None, :], (tokens < M)[:, None] & in_c[None, :]
+
+
+@triton.jit
 def store_moments(value, inside, count, parts, tile, channels, C: tl.constexpr):
     """Mean and squared deviations of a tile's columns, `inside` (BLOCK_T, 1) counts, into parts (tiles, 2, C)."""
     in_c = channels < C
@@ -67,10 +77,7 @@ def normalise_kernel(
     pre, norm, residual, out, M,
     C: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tokens = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = channels < C
-    mask, place = (tokens < M)[:, None] & in_c[None, :], tokens[:, None] * C + channels[None, :]
+    _, channels, in_c, place, mask = tile_of(M, C, BLOCK_T, BLOCK_C)
     center, scale = tl.load(norm + channels, mask=in_c, other=0.0), tl.load(norm + C + channels, mask=in_c, other=0.0)
     shift = tl.load(norm + 2 * C + channels, mask=in_c, other=0.0)
     value = activate(tl.load(pre + place, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
@@ -85,11 +92,7 @@ def gradient_sums_kernel(
     pre, gradient, norm, parts, M,
     C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    tokens = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = channels < C
-    mask, place = (tokens < M)[:, None] & in_c[None, :], tokens[:, None] * C + channels[None, :]
+    tile, channels, in_c, place, mask = tile_of(M, C, BLOCK_T, BLOCK_C)
     g = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32)
     u = activate(tl.load(pre + place, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
     off = tl.where(mask, u - tl.load(norm + channels, mask=in_c, other=0.0)[None, :], 0.0)
@@ -124,11 +127,7 @@ def gradient_kernel(
     pre, gradient, norm, factors, out, parts, M,
     C: tl.constexpr, BATCH: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    tokens = tile.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    channels = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    in_c = channels < C
-    mask, place = (tokens < M)[:, None] & in_c[None, :], tokens[:, None] * C + channels[None, :]
+    tile, channels, in_c, place, mask = tile_of(M, C, BLOCK_T, BLOCK_C)
     x = tl.load(pre + place, mask=mask, other=0.0).to(tl.float32)
     value = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32)
     value *= tl.load(factors + channels, mask=in_c, other=0.0)[None, :]

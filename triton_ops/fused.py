@@ -31,7 +31,7 @@ def fused_kernel(
     channels = column * BLOCK_N + tl.arange(0, BLOCK_N)
     # Tokens past the plane belong to the next image: pushed past the end, so that every mask leaves them out.
     tokens = tl.where(in_plane < plane, image.to(tl.int64) * plane + in_plane, M)
-    total = multiply(y, matrix, tokens, channels, M, C, BLOCK_M, BLOCK_N, BLOCK_K)
+    total = multiply(y, matrix, gain, tokens, channels, M, C, False, False, BLOCK_M, BLOCK_N, BLOCK_K)
     value = product_end(
         total, y, pw_bias, gain, pw_affine, tokens, channels, M, C, HAS_PW_BIAS, HAS_GAIN, RESIDUAL, ACTIVATION
     )

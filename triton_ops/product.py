@@ -15,24 +15,47 @@ from .activation import activate
 
 
 @triton.jit
+def tile_of_product(M, C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Of this program: the tile's number along tokens, its tokens (64-bit, may run past M) and channels (past C)."""
+    in_group = GROUP_M * tl.cdiv(C, BLOCK_N)
+    group, place = tl.program_id(0) // in_group, tl.program_id(0) % in_group
+    group_rows = min(tl.cdiv(M, BLOCK_M) - group * GROUP_M, GROUP_M)
+    tile, column = group * GROUP_M + place % group_rows, place // group_rows
+    return tile, tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M), column * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
 def multiply(
-    y, matrix, tokens, rows, M,
-    C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    y, matrix, gain, tokens, channels, M,
+    C: tl.constexpr, TRANSPOSED: tl.constexpr, HAS_GAIN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the input channels for `tokens` (64-bit, may run past M) and `rows` of the matrix (may run past C)."""
-    k = tl.arange(0, BLOCK_K)
+    """y W^T, or (gain * y) W if TRANSPOSED, for `tokens` and `channels` of the result, both as tile_of_product's."""
+    steps = tl.arange(0, BLOCK_K)
+    in_m, in_c = tokens < M, channels < C
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for first in range(0, C, BLOCK_K):
-        channels = first + k
-        a = tl.load(
-            y + tokens[:, None] * C + channels[None, :], mask=(tokens < M)[:, None] & (channels < C)[None, :], other=0.0
-        )
-        b = tl.load(
-            matrix + rows[None, :] * C + channels[:, None],
-            mask=(rows < C)[None, :] & (channels < C)[:, None],
-            other=0.0,
-        )
+        k = first + steps
+        in_k = k < C
+        a = tl.load(y + tokens[:, None] * C + k[None, :], mask=in_m[:, None] & in_k[None, :], other=0.0)
+        if TRANSPOSED:
+            place = k[:, None] * C + channels[None, :]
+            if HAS_GAIN:
+                a = (a * tl.load(gain + k, mask=in_k, other=0.0)[None, :]).to(a.dtype)
+        else:
+            place = channels[None, :] * C + k[:, None]
+        b = tl.load(matrix + place, mask=in_k[:, None] & in_c[None, :], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def pre_activation(total, bias, gain, rows, C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr):
+    """gain * total + bias."""
+    if HAS_GAIN:
+        total *= tl.load(gain + rows, mask=rows < C, other=0.0)[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + rows, mask=rows < C, other=0.0).to(tl.float32)[None, :]
     return total
 
 
@@ -43,10 +66,7 @@ def product_end(
 ):  # fmt: skip
     """The block's output for these tokens and channels, float32."""
     in_c = rows < C
-    if HAS_GAIN:
-        total *= tl.load(gain + rows, mask=in_c, other=0.0)[None, :]
-    if HAS_BIAS:
-        total += tl.load(bias + rows, mask=in_c, other=0.0).to(tl.float32)[None, :]
+    total = pre_activation(total, bias, gain, rows, C, HAS_BIAS, HAS_GAIN)
     scale, shift = tl.load(affine + rows, mask=in_c, other=0.0), tl.load(affine + C + rows, mask=in_c, other=0.0)
     value = activate(total, ACTIVATION) * scale[None, :] + shift[None, :]
     if RESIDUAL:
@@ -61,13 +81,8 @@ def product_kernel(
     C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    in_group = GROUP_M * tl.cdiv(C, BLOCK_N)
-    group, place = tl.program_id(0) // in_group, tl.program_id(0) % in_group
-    group_rows = min(tl.cdiv(M, BLOCK_M) - group * GROUP_M, GROUP_M)
-    tile_m, tile_n = group * GROUP_M + place % group_rows, place // group_rows
-    tokens = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = multiply(y, matrix, tokens, rows, M, C, BLOCK_M, BLOCK_N, BLOCK_K)
+    _, tokens, rows = tile_of_product(M, C, BLOCK_M, BLOCK_N, GROUP_M)
+    total = multiply(y, matrix, gain, tokens, rows, M, C, False, False, BLOCK_M, BLOCK_N, BLOCK_K)
     value = product_end(total, y, bias, gain, affine, tokens, rows, M, C, HAS_BIAS, HAS_GAIN, RESIDUAL, ACTIVATION)
     mask = (tokens < M)[:, None] & (rows < C)[None, :]
     tl.store(x + tokens[:, None] * C + rows[None, :], value.to(x.dtype.element_ty), mask=mask)

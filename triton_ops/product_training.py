@@ -14,28 +14,20 @@ import triton.language as tl
 
 from .activation import activate
 from .elementwise import store_moments
-from .product import multiply
+from .product import multiply, pre_activation, tile_of_product
 
 
 @triton.jit
 def product_forward_kernel(
     y, matrix, bias, gain, c, parts, M,
     C: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAIN: tl.constexpr, BATCH: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.cdiv(C, BLOCK_N)
-    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
-    tokens = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    in_c = rows < C
-    total = multiply(y, matrix, tokens, rows, M, C, BLOCK_M, BLOCK_N, BLOCK_K)
-    if HAS_GAIN:
-        total *= tl.load(gain + rows, mask=in_c, other=0.0)[None, :]
-    if HAS_BIAS:
-        total += tl.load(bias + rows, mask=in_c, other=0.0).to(tl.float32)[None, :]
-    kept = total.to(c.dtype.element_ty)
+    tile, tokens, rows = tile_of_product(M, C, BLOCK_M, BLOCK_N, GROUP_M)
+    total = multiply(y, matrix, gain, tokens, rows, M, C, False, False, BLOCK_M, BLOCK_N, BLOCK_K)
+    kept = pre_activation(total, bias, gain, rows, C, HAS_BIAS, HAS_GAIN).to(c.dtype.element_ty)
     inside = (tokens < M)[:, None]
-    tl.store(c + tokens[:, None] * C + rows[None, :], kept, mask=inside & in_c[None, :])
+    tl.store(c + tokens[:, None] * C + rows[None, :], kept, mask=inside & (rows < C)[None, :])
     if BATCH:
         count = min(BLOCK_M, M - tile * BLOCK_M)
         store_moments(activate(kept.to(tl.float32), ACTIVATION), inside, count, parts, tile, rows, C)
@@ -45,27 +37,11 @@ def product_forward_kernel(
 def input_gradient_kernel(
     gradient, matrix, gain, residual, out, M,
     C: tl.constexpr, HAS_GAIN: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    columns = tl.cdiv(C, BLOCK_N)
-    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns
-    tokens = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    inputs = column * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    in_m, in_c = tokens < M, inputs < C
-    total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for first in range(0, C, BLOCK_K):
-        outputs = first + k
-        a = tl.load(
-            gradient + tokens[:, None] * C + outputs[None, :], mask=in_m[:, None] & (outputs < C)[None, :], other=0.0
-        )
-        if HAS_GAIN:
-            a = (a * tl.load(gain + outputs, mask=outputs < C, other=0.0)[None, :]).to(gradient.dtype.element_ty)
-        b = tl.load(
-            matrix + outputs[:, None] * C + inputs[None, :], mask=(outputs < C)[:, None] & in_c[None, :], other=0.0
-        )
-        total = tl.dot(a, b, total, input_precision="ieee")
-    mask, place = in_m[:, None] & in_c[None, :], tokens[:, None] * C + inputs[None, :]
+    _, tokens, inputs = tile_of_product(M, C, BLOCK_M, BLOCK_N, GROUP_M)
+    total = multiply(gradient, matrix, gain, tokens, inputs, M, C, True, HAS_GAIN, BLOCK_M, BLOCK_N, BLOCK_K)
+    mask, place = (tokens < M)[:, None] & (inputs < C)[None, :], tokens[:, None] * C + inputs[None, :]
     if RESIDUAL:
         total += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -42,11 +42,24 @@ def saved_elements(x: Tensor, depth: int, pw_residual: bool, save: int) -> int:
     return (save * depth + anchors) * x.numel() if save else 0
 
 
+def anchor_plane(d: int, depth: int, pw_residual: bool, save: int) -> int | None:
+    """Which plane keeps the input of block d, if any does."""
+    keeps = save and pw_residual and 0 < d < depth and d % ANCHOR_INTERVAL == 0
+    return save * depth + d // ANCHOR_INTERVAL - 1 if keeps else None
+
+
 @dataclass
 class Stage:
     """One of a block's two activations: what is under it, and its normalisation (4, C)."""
 
     pre: Tensor
+    norm: Tensor
+
+
+class Measured(NamedTuple):
+    """Where statistics (2, C) of one half of a block and the normalisation (4, C) they give are written."""
+
+    stats: Tensor
     norm: Tensor
 
 
@@ -110,21 +123,19 @@ class Blocks:
         block_c = self.flat.block_c
         return (triton.cdiv(self.channels, block_c),), {"C": self.channels, "BLOCK_C": block_c, "num_warps": 1}
 
-    def frozen(self, affine: Tensor) -> Tensor:
-        scale, shift = affine
-        return torch.stack((torch.zeros_like(scale), scale, shift, torch.ones_like(scale)))
+    def normalisations(self, affine: Tensor, stats: Tensor | None) -> Tensor:
+        """(D, 4, C) from affines (D, 2, C) and statistics (D, 2, C), None where they are frozen."""
+        scale, shift = affine.unbind(1)
+        if stats is None:
+            return torch.stack((torch.zeros_like(scale), scale, shift, torch.ones_like(scale)), 1)
+        inverse = (stats[:, 1] + self.eps).rsqrt()
+        return torch.stack((stats[:, 0], scale * inverse, shift, inverse), 1)
 
-    def norm_of(self, affine: Tensor, stats: Tensor) -> Tensor:
-        """The normalisation again from statistics (2, C)."""
-        inverse = (stats[1] + self.eps).rsqrt()
-        return torch.stack((stats[0], affine[0] * inverse, affine[1], inverse))
-
-    def finish(self, parts: Tensor, affine: Tensor, stats: Tensor, block: int, period: int) -> Tensor:
-        norm, (grid, options) = self.new(4, self.channels), self.channel_launch()
+    def finish(self, parts: Tensor, affine: Tensor, measured: Measured, block: int, period: int) -> None:
+        grid, options = self.channel_launch()
         finish_moments_kernel[grid](
-            parts, affine, stats, norm, len(parts), block, period, self.tokens, self.eps, **options
+            parts, affine, measured.stats, measured.norm, len(parts), block, period, self.tokens, self.eps, **options
         )
-        return norm
 
     def normalise(self, stage: Stage, residual: Tensor | None, out: Tensor) -> Tensor:
         normalise_kernel[self.flat_grid()](
@@ -133,34 +144,33 @@ class Blocks:
         )  # fmt: skip
         return out
 
-    def depthwise(self, d: int, x: Tensor, a: Tensor, stats: Tensor | None) -> Tensor | None:
-        """a from x; the normalisation behind it where the batch's statistics are wanted."""
+    def depthwise(self, d: int, x: Tensor, a: Tensor, measured: Measured | None) -> None:
+        """a from x, and what is measured behind it."""
         f = self.dw_index[d]
         bias, grid = None if self.w.dw_bias is None else self.w.dw_bias[f], self.spatial_grid()
-        parts = None if stats is None else self.new(grid[0], 2, self.channels, dtype=torch.float64)
+        parts = None if measured is None else self.new(grid[0], 2, self.channels, dtype=torch.float64)
         depthwise_forward_kernel[grid](
             x, self.w.taps[f], bias, a, parts, self.height, self.width,
-            HAS_BIAS=bias is not None, BATCH=stats is not None, ACTIVATION=self.activation, **self.spatial_options(),
+            HAS_BIAS=bias is not None, BATCH=measured is not None, ACTIVATION=self.activation, **self.spatial_options(),
         )  # fmt: skip
-        return (
-            None if stats is None else self.finish(parts, self.w.dw_affine[d], stats, self.spatial.block_t, self.plane)
-        )
+        if measured is not None:
+            self.finish(parts, self.w.dw_affine[d], measured, self.spatial.block_t, self.plane)
 
-    def product(self, d: int, y: Tensor, c: Tensor, stats: Tensor | None) -> Tensor | None:
+    def product(self, d: int, y: Tensor, c: Tensor, measured: Measured | None) -> None:
+        """c from y, and what is measured behind it."""
         s = self.pw_index[d]
         bias = None if self.w.pw_bias is None else self.w.pw_bias[s]
         gain = None if self.w.gain is None else self.w.gain[d]
         parts = None
-        if stats is not None:
+        if measured is not None:
             parts = self.new(triton.cdiv(self.tokens, self.tiles.block_m), 2, self.channels, dtype=torch.float64)
         product_forward_kernel[self.product_grid()](
             y, self.w.matrices[s], bias, gain, c, parts, self.tokens,
-            HAS_BIAS=bias is not None, HAS_GAIN=gain is not None, BATCH=stats is not None,
-            ACTIVATION=self.activation, **self.product_options(),
+            HAS_BIAS=bias is not None, HAS_GAIN=gain is not None, BATCH=measured is not None,
+            ACTIVATION=self.activation, GROUP_M=self.tiles.group_m, **self.product_options(),
         )  # fmt: skip
-        return (
-            None if stats is None else self.finish(parts, self.w.pw_affine[d], stats, self.tiles.block_m, self.tokens)
-        )
+        if measured is not None:
+            self.finish(parts, self.w.pw_affine[d], measured, self.tiles.block_m, self.tokens)
 
     # ---- backward ----
 
@@ -188,7 +198,8 @@ class Blocks:
         gain = None if self.w.gain is None else self.w.gain[d]
         input_gradient_kernel[self.product_grid()](
             gradient, self.w.matrices[self.pw_index[d]], gain, residual, out, self.tokens,
-            HAS_GAIN=gain is not None, RESIDUAL=residual is not None, **self.product_options(),
+            HAS_GAIN=gain is not None, RESIDUAL=residual is not None, GROUP_M=self.tiles.group_m,
+            **self.product_options(),
         )  # fmt: skip
         return out
 
@@ -228,30 +239,25 @@ def forward(*args: Any, eps: float | None, save: int) -> tuple[Tensor, Tensor, T
             stats = empty if eps is None else empty.new_empty(depth, 2, x.shape[1])
             return nothing(x), stats, stats.clone(), x.new_empty(0)
         tokens = as_tokens(x)
-        blocks = Blocks(*tokens.shape[:3], pack(*parameters), tokens, dw_index, pw_index, activation, pw_residual, eps)
-        stats = None if eps is None else [blocks.new(depth, 2, blocks.channels) for _ in range(2)]
-        kept = blocks.new(saved_elements(x, depth, pw_residual, save), dtype=x.dtype)
-        planes = iter(kept.view(-1, blocks.tokens, blocks.channels) if kept.numel() else ())
-        anchors = {}
-        a = c = None
-        z = tokens.view(blocks.tokens, blocks.channels)
+        b = Blocks(*tokens.shape[:3], pack(*parameters), tokens, dw_index, pw_index, activation, pw_residual, eps)
+        affines, batch = (b.w.dw_affine, b.w.pw_affine), eps is not None
+        stats = [b.new(depth, 2, b.channels) if batch else b.new(0) for _ in affines]
+        norms = [b.new(depth, 4, b.channels) if batch else b.normalisations(affine, None) for affine in affines]
+        kept = b.new(saved_elements(x, depth, pw_residual, save), dtype=x.dtype)
+        planes = kept.view(-1, b.tokens, b.channels)
+        a, c = (None if save == 2 else b.new_plane()), (None if save else b.new_plane())
+        z = tokens.view(b.tokens, b.channels)
         for d in range(depth):
-            a = next(planes) if save == 2 else blocks.new_plane() if a is None else a
-            c = next(planes) if save >= 1 else blocks.new_plane() if c is None else c
-            if pw_residual and d and d % ANCHOR_INTERVAL == 0:
-                anchors[d] = z
-            w = blocks.w
-            norm = blocks.depthwise(d, z, a, None if stats is None else stats[0][d])
-            norm = blocks.frozen(w.dw_affine[d]) if norm is None else norm
-            y = blocks.normalise(Stage(a, norm), z, blocks.new_plane())
-            norm = blocks.product(d, y, c, None if stats is None else stats[1][d])
-            norm = blocks.frozen(w.pw_affine[d]) if norm is None else norm
-            z = blocks.normalise(Stage(c, norm), y if pw_residual else None, blocks.new_plane())
-        if save:
-            for plane, anchor in zip(planes, anchors.values(), strict=True):
-                plane.copy_(anchor)
-        dw_stats, pw_stats = (blocks.new(0), blocks.new(0)) if stats is None else stats
-        return from_tokens(z.view(tokens.shape), x), dw_stats, pw_stats, kept
+            dw, pw = (Measured(s[d], n[d]) if batch else None for s, n in zip(stats, norms, strict=True))
+            a = planes[save * d] if save == 2 else a
+            c = planes[save * (d + 1) - 1] if save else c
+            b.depthwise(d, z, a, dw)
+            y = b.normalise(Stage(a, norms[0][d]), z, b.new_plane())
+            b.product(d, y, c, pw)
+            anchor = anchor_plane(d + 1, depth, pw_residual, save)
+            z = b.new_plane() if anchor is None else planes[anchor]
+            b.normalise(Stage(c, norms[1][d]), y if pw_residual else None, z)
+        return from_tokens(z.view(tokens.shape), x), *stats, kept
 
 
 def backward(
@@ -276,13 +282,14 @@ def backward(
         pw_biases = torch.zeros(len(matrices), b.channels, device=x.device)
         dw_affines, pw_affines = b.new(depth, 2, b.channels), b.new(depth, 2, b.channels)
         gains = b.new(depth, b.channels) if pw_gain is not None else None
+        stats = (None, None) if eps is None else (dw_stats, pw_stats)
+        norms = [b.normalisations(affine, s) for affine, s in zip((w.dw_affine, w.pw_affine), stats, strict=True)]
 
-        def stage(d: int, half: int) -> Stage:
-            affine, stats = ((w.dw_affine, dw_stats), (w.pw_affine, pw_stats))[half]
-            norm = b.frozen(affine[d]) if eps is None else b.norm_of(affine[d], stats[d])
-            if save == 1 and half == 0:
-                return Stage(recomputed[d], norm)
-            return Stage(planes[save * d + (half if save == 2 else 0)], norm)
+        def dw_stage(d: int) -> Stage:
+            return Stage(recomputed[d] if save == 1 else planes[save * d], norms[0][d])
+
+        def pw_stage(d: int) -> Stage:
+            return Stage(planes[save * (d + 1) - 1], norms[1][d])
 
         inputs: dict[int, Tensor] = {}
         recomputed: dict[int, Tensor] = {}
@@ -296,16 +303,16 @@ def backward(
             if first == 0:
                 inputs[0] = flat
             elif pw_residual:
-                inputs[first] = planes[save * depth + first // ANCHOR_INTERVAL - 1]
+                inputs[first] = planes[anchor_plane(first, depth, pw_residual, save)]
             else:
-                inputs[first] = b.normalise(stage(first - 1, 1), None, b.new_plane())
+                inputs[first] = b.normalise(pw_stage(first - 1), None, b.new_plane())
             for block in range(first, d + 1):
                 if save == 1:
                     recomputed[block] = b.new_plane()
                     b.depthwise(block, inputs[block], recomputed[block], None)
                 if block < d:
-                    y = b.normalise(stage(block, 0), inputs[block], b.new_plane())
-                    inputs[block + 1] = b.normalise(stage(block, 1), y, b.new_plane())
+                    y = b.normalise(dw_stage(block), inputs[block], b.new_plane())
+                    inputs[block + 1] = b.normalise(pw_stage(block), y, b.new_plane())
 
         g = as_tokens(grad).view(b.tokens, b.channels)
         for d in reversed(range(depth)):
@@ -313,9 +320,9 @@ def backward(
                 restore(d)
             s, f = pw_index[d], dw_index[d]
             dc, dy = b.new_plane(), b.new_plane()
-            pw_affines[d], bias = b.through(stage(d, 1), g, dc)
+            pw_affines[d], bias = b.through(pw_stage(d), g, dc)
             pw_biases[s] += bias
-            y = b.normalise(stage(d, 0), inputs[d], b.new_plane())
+            y = b.normalise(dw_stage(d), inputs[d], b.new_plane())
             outer = b.weight_gradient(dc, y)
             if gains is None:
                 matrices[s] += outer
@@ -323,7 +330,7 @@ def backward(
                 matrices[s] += pw_gain[d][:, None] * outer
                 gains[d] = (w.matrices[s] * outer).sum(1)
             b.input_gradient(d, dc, g if pw_residual else None, dy)
-            dw_affines[d], bias = b.through(stage(d, 0), dy, dc)
+            dw_affines[d], bias = b.through(dw_stage(d), dy, dc)
             dw_biases[f] += bias
             g = b.new_plane()
             taps[f] += b.depthwise_gradients(d, dc, inputs[d], dy, g)

@@ -122,7 +122,8 @@ struct TapsGradientArgs {
   float* taps;  // [k * k][lane]
 };
 
-// One vector of channels as the operand of weight_gradient: a 4-byte unit holds one token of a channel, or two in bf16.
+// One vector of channels as the operand of weight_gradient where that is bf16: a 4-byte unit holds two tokens of a
+// channel. Floats are their own operand.
 struct PackGradientArgs {
   const float* input;  // [token][lane]
   int64_t tokens;
@@ -193,7 +194,7 @@ struct Kernels {
   void (*gradient_sums)(const GradientSumsArgs&) = nullptr;
   void (*activation_gradient)(const ActivationGradientArgs&) = nullptr;
   void (*taps_gradient)(const TapsGradientArgs&) = nullptr;
-  void (*pack_gradient)(const PackGradientArgs&) = nullptr;
+  void (*pack_gradient)(const PackGradientArgs&) = nullptr;  // null where operands are float32
   void (*weight_gradient)(const WeightGradientArgs&) = nullptr;
   void (*transpose)(const TransposeArgs&) = nullptr;
   void (*narrow)(const float* from, DType type, int64_t count, char* to) = nullptr;

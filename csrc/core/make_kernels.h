@@ -74,7 +74,7 @@ constexpr Kernels make_kernels(const char* name) {
     kernels.activation_gradient = Elementwise<V>::activation_gradient;
     kernels.narrow = Elementwise<V>::narrow;
     kernels.taps_gradient = TapsGradient<V>::run;
-    kernels.pack_gradient = WeightGradient<Operand>::pack;
+    if constexpr (Operand::kChain != DType::kFloat32) kernels.pack_gradient = WeightGradient<Operand>::pack;
     kernels.weight_gradient = WeightGradient<Operand>::run;
     kernels.transpose = WeightGradient<Operand>::transpose;
   }

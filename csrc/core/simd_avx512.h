@@ -69,8 +69,6 @@ struct Avx512 {
 
   // One line's worth of units from a vector of floats per line vector.
   static SPIN_INLINE F to_units(const F* line) { return line[0]; }
-  // Tokens of a vector of channels, one unit per channel.
-  static SPIN_INLINE F interleave(const F* tokens) { return tokens[0]; }
 
   static SPIN_INLINE void transpose(F (&r)[16]) {
     __m512i t[16];
@@ -127,6 +125,7 @@ struct Avx512Bf16 : Avx512 {
     _mm256_storeu_si256(static_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
   }
   static SPIN_INLINE F to_units(const F* line) { return reinterpret_cast<F>(_mm512_cvtne2ps_pbh(line[1], line[0])); }
+  // Two tokens of a vector of channels, one unit per channel.
   static SPIN_INLINE F interleave(const F* tokens) {
     const __m512i low = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);

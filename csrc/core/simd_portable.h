@@ -55,8 +55,6 @@ struct Portable {
   static SPIN_INLINE F load_chain(const void* p) { return load(p); }
   static SPIN_INLINE void store_chain(void* p, F x) { store(p, x); }
   static SPIN_INLINE F to_units(const F* line) { return line[0]; }
-  // Tokens of a vector of channels, one unit per channel.
-  static SPIN_INLINE F interleave(const F* tokens) { return tokens[0]; }
 
   static SPIN_INLINE void transpose(F (&r)[4]) {
     F t[4];

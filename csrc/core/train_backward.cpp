@@ -211,13 +211,15 @@ class Backward : Training {
     Input input = input_of(d, line);
     if (!shape_.pw_residual && d == 0) {  // bands are not images
       input.values = inputs_ + thread * line_;
-      for (int64_t i = 0; i < call_.batch; ++i) image_of(input_of(d, line), i, inputs_ + thread * line_ + at(image(i)));
+      for (int64_t i = 0; i < call_.batch; ++i) {
+        load(call_.input, call_.input_stride, i, line, inputs_ + thread * line_ + at(image(i)));
+      }
     }
     const Factors f = factors(Stage::kPointwise, d, line, sums);
     const Norm n = norm(Stage::kDepthwise, d, line);
     const float* gain = call_.weights.pw_gain ? net_.pointwise(d, 0).gain + line * lanes_ : nullptr;
     float* bias = matrix_bias_ + shape_.pw_index[d] * padded() + line * lanes_;
-    const bool packs = k_.operand != DType::kFloat32;
+    const bool packs = k_.pack_gradient != nullptr;
     auto as_operand = [&](const float* values, const Tokens& tokens, char* lines) {
       if (packs) k_.pack_gradient({values, tokens.count, operand_of(lines, line, tokens)});
     };
