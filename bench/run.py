@@ -31,13 +31,16 @@ def chosen(text: str, allowed: tuple[str, ...], option: str) -> list[str]:
 def main(
     suite: Annotated[str, typer.Option(help="networks | blocks | sharing | train")] = "networks",
     batch: Annotated[
-        str | None, typer.Option(help="Batch sizes, e.g. 1,8 (the default of networks); train: 4 and 32, others: 1.")
+        str | None,
+        typer.Option(help="Batch sizes, e.g. 1,8 (the default of networks on a CPU); train: 4 and 32, others: 1."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or both. Blocks and sharing default to float32.")
+        str | None,
+        typer.Option(help="float32, bfloat16 or both. Blocks and sharing default to float32, a GPU to bfloat16."),
     ] = None,
     peers: Annotated[
-        str | None, typer.Option(help="Some of eager, compile, openvino, onnxruntime; '' for none.")
+        str | None,
+        typer.Option(help="Some of eager, compile, openvino, onnxruntime (GPU: autotune, graphs); '' for none."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu | cuda")] = "cpu",
     only: Annotated[str, typer.Option(help="Only networks whose name contains this.")] = "",
@@ -49,13 +52,10 @@ def main(
     plot: Annotated[Path, typer.Option(help="Where the chart goes.")] = OUT / "bench.png",
 ) -> None:
     """Times ours against the peers; every row shows its distance from this machine's floor and its error."""
-    chosen(suite, tuple(networks.SUITES), "--suite")
-    chosen(device, tuple(catalog.DEVICE_PEERS), "--device")
-    dtypes = chosen(
-        dtype or ("float32,bfloat16" if suite in ("networks", "train") else "float32"),
-        tuple(networks.ITEM_BYTES),
-        "--dtype",
-    )
+    chosen(device, tuple(networks.SUITES), "--device")
+    chosen(suite, tuple(networks.SUITES[device]), "--suite")
+    both = "float32,bfloat16" if suite in ("networks", "train") else "float32"
+    dtypes = chosen(dtype or ("bfloat16" if device == "cuda" else both), tuple(networks.ITEM_BYTES), "--dtype")
     names = None if peers is None else chosen(peers, catalog.peers_of(suite, device), "--peers")
     try:
         batches = [int(value) for value in batch.split(",")] if batch else None
@@ -63,9 +63,9 @@ def main(
             raise ValueError
     except ValueError:
         raise typer.BadParameter(f"expected positive integers, got {batch!r}", param_hint="--batch") from None
-    cases = [case for case in networks.cases(suite, batches, dtypes, quick) if only in case.network.name]
+    cases = [case for case in networks.cases(suite, batches, dtypes, quick, device) if only in case.network.name]
     if not cases:
-        known = ", ".join(network.name for network in networks.SUITES[suite])
+        known = ", ".join(network.name for network in networks.SUITES[device][suite])
         raise typer.BadParameter(f"expected a part of one of {known}, got {only!r}", param_hint="--only")
 
     # An output that is no terminal would get 80 columns, too few for the table.
@@ -76,9 +76,11 @@ def main(
     interrupted = False
     with Session(catalog.select(suite, device, names), threads, device) as session:
         try:
-            if device == "cuda" and not session.ask_maker("has_cuda", timeout=120):
-                console.print("[red]--device cuda: this torch sees no CUDA device[/]")
-                raise typer.Exit(2)
+            if device == "cuda":
+                info["gpu"] = session.ask_maker("cuda_name", timeout=120)
+                if info["gpu"] is None:
+                    console.print("[red]--device cuda: this torch sees no CUDA device[/]")
+                    raise typer.Exit(2)
             session.measure_ceilings()
             console.print(report.describe(session.ceilings), highlight=False)
             columns = (
@@ -105,7 +107,8 @@ def main(
     if rows:
         info = {**info, "device": device, "ceilings": asdict(session.ceilings)}
         report.write_json(json, info, rows, session.failures)
-        report.plot(plot, rows, f"{info['processor']}, {threads} threads, commit {info['commit']}")
+        where = info.get("gpu") or f"{info['processor']}, {threads} threads"
+        report.plot(plot, rows, f"{where}, commit {info['commit']}")
         console.print(f"wrote {json} and {plot}" + (" (finished cases only)" if interrupted else ""), highlight=False)
     failed = any(failure["provider"] in catalog.OURS for failure in session.failures)
     sys.exit(130 if interrupted else 1 if failed else 0)

@@ -22,11 +22,13 @@ def pytest_report_header() -> str:
     return f"SPIN_TEST_SEED={_SEED}"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    for item in items:
+        if torch.cuda.is_available() and "on_triton" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")  # the tests that run in Triton's interpreter elsewhere
+        elif item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture
@@ -39,11 +41,16 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Calls take the Triton kernels: on a GPU where there is one, else in Triton's interpreter."""
+def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Calls take the Triton kernels (without a GPU in the interpreter), and new tensors hold NaN."""
     monkeypatch.setenv("SPIN_BACKEND", "triton")
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(2).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

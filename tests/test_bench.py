@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
-from spinbench import networks, report, session, timing  # noqa: E402
+from spinbench import catalog, networks, report, session, timing  # noqa: E402
 from spinbench.machine import Ceilings  # noqa: E402
 from spinbench.worker import Worker, WorkerFailed  # noqa: E402
 
@@ -191,7 +191,7 @@ class InterruptedSession:
         self.ceilings.add(PEAKS, 0.0)
 
     def ask_maker(self, command, timeout):
-        return False  # has_cuda
+        return None  # cuda_name
 
     def run(self, cases, method, progress):
         self.rows.append(measured("spin", 4.0))
@@ -216,6 +216,51 @@ def test_interruption_keeps_the_finished_rows(command, tmp_path):
     assert result.exit_code == 130, result.output
     assert "finished cases only" in result.output
     assert [row["provider"] for row in json.loads(path.read_text())["rows"]] == ["spin"]
+
+
+def test_cases_of_a_gpu():
+    import spin_kernels as spin
+
+    cases = networks.cases("networks", None, ["bfloat16"], device="cuda")
+    assert {case.batch for case in cases} == {1, 16, 64, 256}
+    assert {case.network.name for case in cases} <= set(spin.models.list_models())
+    assert {case.batch for case in networks.cases("train", None, ["bfloat16"], device="cuda")} == {32, 128}
+    (quick,) = networks.cases("networks", None, ["bfloat16"], quick=True, device="cuda")
+    assert (quick.network.name, quick.batch) == ("ws_convmixer_768_32_k3_p14_s2", 64)
+    ours = {"spin", "spin frozen", "spin graphs"}
+    assert set(catalog.select("networks", "cuda", [])) == ours
+    peers = set(catalog.select("train", "cuda", None)) - ours
+    assert peers == {"spin checkpoint"} | {
+        f"{peer}{layout}" for peer in ("eager", "compile", "autotune", "graphs") for layout in ("", " channels_last")
+    }
+
+
+def test_peers_that_time_kernels_are_prepared_alone(monkeypatch):
+    groups = []
+
+    class Idle:
+        def __init__(self, name):
+            self.name, self.idle, self.connection = name, True, self
+
+        def send(self, command, case):
+            groups[-1].append(self.name)
+
+        def receive(self, timeout):
+            return {}
+
+        def resume(self): ...
+
+        def pause(self):
+            if groups[-1]:
+                groups.append([])
+
+    groups.append([])
+    monkeypatch.setattr(timing, "wait", lambda connections, timeout: connections)
+    names = ["spin", "autotune", "eager", "autotune channels_last"]
+    results, failures = timing.prepare([Idle(name) for name in names], networks.Case(TINY, 1, "float32"))
+    assert list(results) == ["spin", "eager", "autotune", "autotune channels_last"]
+    assert not failures
+    assert groups[:-1] == [["spin", "eager"], ["autotune"], ["autotune channels_last"]]
 
 
 def test_cuda_without_a_device(command):

@@ -6,6 +6,7 @@ import os
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -26,13 +27,23 @@ def every_kernel_name() -> set[str]:
     }
 
 
-@pytest.mark.parametrize("arch", list(configs.DEVICES))
-def test_compiles_within_shared_memory(arch: str) -> None:
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[dict[str, subprocess.Popen]]:
+    """One for every architecture, all at once: each keeps a processor busy for a minute."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", "-m", "triton_ops.ahead", arch]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    command = [sys.executable, "-W", "ignore", "-m", "triton_ops.ahead"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    running = {arch: subprocess.Popen([*command, arch], env=environment, **pipes) for arch in configs.DEVICES}
+    yield running
+    for process in running.values():
+        process.kill()
+
+
+@pytest.mark.parametrize("arch", list(configs.DEVICES))
+def test_compiles_within_shared_memory(arch: str, compilers: dict[str, subprocess.Popen]) -> None:
+    output, errors = compilers[arch].communicate(timeout=900)
+    assert compilers[arch].returncode == 0, errors[-3000:]
+    kernels = [json.loads(line) for line in output.splitlines()]
     assert {k["kernel"] for k in kernels} == every_kernel_name()
     most = configs.DEVICES[arch].shared_bytes
     assert not [k for k in kernels if k["shared"] > most]

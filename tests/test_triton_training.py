@@ -59,7 +59,7 @@ def test_every_epilogue(activation: str, eps: float | None, dtype: torch.dtype) 
     for rich in (True, False):
         check(
             mixer_arguments(
-                batch=3, channels=33, height=9, width=7, kernel=3, depth=3, filters=2, gain=rich, bias=not rich,
+                batch=3, channels=70, height=9, width=7, kernel=3, depth=3, filters=2, gain=rich, bias=not rich,
                 templates=2 if rich else None, activation=activation, pw_residual=rich, dtype=dtype,
             ),
             eps,

@@ -16,7 +16,7 @@ from triton.compiler import ASTSource
 
 from . import elementwise
 from .compose import compose_kernel
-from .configs import DEVICES, DepthwiseTiles, ProductTiles, elementwise_tiles, every_choice
+from .configs import DEVICES, VECTOR_TILES, ProductTiles, VectorTiles, every_choice
 from .depthwise import depthwise_kernel
 from .depthwise_training import depthwise_backward_kernel, depthwise_forward_kernel, taps_gradient_kernel
 from .fused import fused_kernel
@@ -37,6 +37,7 @@ FLOATS = (
 SIZES = (
     "height", "width", "M", "size", "tiles", "block", "period", "total", "batch", "images", "split_tokens",
 )  # fmt: skip
+CHANNELS = 768
 KERNEL_SIZES = (3, 9)  # the loop over taps is the same code for all
 
 Found = dict[str, Any]
@@ -61,17 +62,13 @@ def every_kernel(arch: str) -> Iterator[Found]:
     for item in (2, 4):
         yield compiled(compose_kernel, item, arch, {"TEMPLATES": 4, "BLOCK": COMPOSE_BLOCK})
         yield from of_elementwise(item, arch)
-    for channels, item, tiles in every_choice(DEVICES[arch]):
-        if isinstance(tiles, DepthwiseTiles):
-            yield from of_depthwise(channels, item, tiles, arch)
-        elif tiles.group_m == 1:
-            yield of_fused(channels, item, tiles, arch)
-        else:
-            yield from of_product(channels, item, tiles, arch)
+    kinds = {"depthwise": of_depthwise, "fused": of_fused, "product": of_product}
+    for choice in every_choice(DEVICES[arch]):
+        yield from kinds[choice.kernel](choice.item, choice.tiles, arch)
 
 
-def of_depthwise(channels: int, item: int, tiles: DepthwiseTiles, arch: str) -> Iterator[Found]:
-    shape = {"C": channels, "KERNEL": KERNEL_SIZES[0], "BLOCK_T": tiles.block_t, "BLOCK_C": tiles.block_c}
+def of_depthwise(item: int, tiles: VectorTiles, arch: str) -> Iterator[Found]:
+    shape = {"C": CHANNELS, "KERNEL": KERNEL_SIZES[0], "BLOCK_T": tiles.block_t, "BLOCK_C": tiles.block_c}
     rich, options = {"HAS_BIAS": True, "ACTIVATION": "gelu"}, {"num_warps": tiles.warps}
     for size in KERNEL_SIZES:
         yield compiled(depthwise_kernel, item, arch, shape | rich | {"KERNEL": size}, **options)
@@ -80,19 +77,19 @@ def of_depthwise(channels: int, item: int, tiles: DepthwiseTiles, arch: str) -> 
     yield compiled(taps_gradient_kernel, item, arch, shape, **options)
 
 
-def blocks_of(channels: int, tiles: ProductTiles) -> tuple[dict[str, Any], dict[str, int]]:
-    blocks = {"C": channels, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
+def blocks_of(tiles: ProductTiles) -> tuple[dict[str, Any], dict[str, int]]:
+    blocks = {"C": CHANNELS, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "BLOCK_K": tiles.block_k}
     return blocks, {"num_warps": tiles.warps, "num_stages": tiles.stages}
 
 
-def of_fused(channels: int, item: int, tiles: ProductTiles, arch: str) -> Found:
-    blocks, options = blocks_of(channels, tiles)
+def of_fused(item: int, tiles: ProductTiles, arch: str) -> Iterator[Found]:
+    blocks, options = blocks_of(tiles)
     rich = {"HAS_PW_BIAS": True, "HAS_DW_BIAS": True, "HAS_GAIN": True, "RESIDUAL": True, "ACTIVATION": "gelu"}
-    return compiled(fused_kernel, item, arch, blocks | rich | {"KERNEL": 3}, **options)
+    yield compiled(fused_kernel, item, arch, blocks | rich | {"KERNEL": 3}, **options)
 
 
-def of_product(channels: int, item: int, tiles: ProductTiles, arch: str) -> Iterator[Found]:
-    blocks, options = blocks_of(channels, tiles)
+def of_product(item: int, tiles: ProductTiles, arch: str) -> Iterator[Found]:
+    blocks, options = blocks_of(tiles)
     grouped = blocks | {"GROUP_M": tiles.group_m}
     rich = {"HAS_BIAS": True, "HAS_GAIN": True, "ACTIVATION": "gelu"}
     plain = {"HAS_BIAS": False, "HAS_GAIN": False, "RESIDUAL": False, "ACTIVATION": "relu"}
@@ -104,8 +101,8 @@ def of_product(channels: int, item: int, tiles: ProductTiles, arch: str) -> Iter
 
 
 def of_elementwise(item: int, arch: str) -> Iterator[Found]:
-    tiles = elementwise_tiles(1 << 16, 768)
-    columns = {"C": 768, "BLOCK_C": tiles.block_c}
+    tiles = VECTOR_TILES
+    columns = {"C": CHANNELS, "BLOCK_C": tiles.block_c}
     shape, options = columns | {"BLOCK_T": tiles.block_t, "ACTIVATION": "gelu"}, {"num_warps": tiles.warps}
     yield compiled(elementwise.finish_moments_kernel, item, arch, columns, "*fp64", num_warps=1)
     yield compiled(elementwise.normalise_kernel, item, arch, shape | {"RESIDUAL": True}, **options)

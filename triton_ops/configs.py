@@ -56,37 +56,36 @@ class ProductTiles(NamedTuple):
         return (self.block_m + self.block_n) * self.block_k * item * self.stages
 
 
-class DepthwiseTiles(NamedTuple):
+class VectorTiles(NamedTuple):
+    """Of kernels without products."""
+
     block_t: int
     block_c: int
     warps: int
     reason: str
 
 
-def block(size: int, most: int) -> int:
-    """A power of two for `size`, at least the 16 that a product needs."""
-    return max(16, min(most, next_power_of_2(size)))
+VECTOR_TILES = VectorTiles(64, 64, 4, "32 float32 values per thread: enough loads in flight, no spills")
 
 
 def product_tiles(tokens: int, channels: int, item: int, device: Device) -> ProductTiles:
-    """Of product_kernel; `item` in bytes."""
+    """Of products; `item` in bytes. Few kinds: what a tile holds past the end is masked, and costs only small cases."""
     if item == 4:
         m, n, k, warps, reason = 64, 64, 32, 4, "float32 products run on the fma units: registers limit the tile"
     elif -(-tokens // 128) * -(-channels // 128) < device.processors:
         m, n, k, warps, reason = 64, 64, 64, 4, "tiles of 128 x 128 would leave processors idle"
     else:
         m, n, k, warps, reason = 128, 128, 64, 8, "the tensor cores' rate needs 128 x 128"
-    tiles = ProductTiles(block(tokens, m), block(channels, n), block(channels, k), 8, warps, 4, reason)
-    return fitting(tiles, item, device)
+    m, n = (16 if tokens <= 16 else m), (64 if channels <= 64 else n)
+    return fitting(ProductTiles(m, n, k, 8, warps, 4, reason), item, device)
 
 
-def fused_tiles(plane: int, channels: int, item: int, device: Device) -> ProductTiles | None:
+def fused_tiles(plane: int, item: int, device: Device) -> ProductTiles | None:
     """Of fused_kernel, or None where two kernels serve better."""
     whole = next_power_of_2(plane)
     if item == 4 or plane > LARGEST_PLANE or plane < 0.75 * whole or plane < 16:
         return None
-    tiles = ProductTiles(whole, block(channels, 64), block(channels, 64), 1, 8, 4, "an image's planes fit a tile")
-    return fitting(tiles, item, device)
+    return fitting(ProductTiles(whole, 64, 64, 1, 8, 4, "an image's planes fit a tile"), item, device)
 
 
 def fitting(tiles: ProductTiles, item: int, device: Device) -> ProductTiles:
@@ -96,16 +95,8 @@ def fitting(tiles: ProductTiles, item: int, device: Device) -> ProductTiles:
     return tiles
 
 
-def depthwise_tiles(plane: int, channels: int) -> DepthwiseTiles:
-    """32 sums per thread: enough loads in flight, no spills."""
-    block_c = block(channels, 64)
-    return DepthwiseTiles(min(next_power_of_2(plane), 4096 // block_c), block_c, 4, "32 sums per thread")
-
-
-def elementwise_tiles(tokens: int, channels: int) -> DepthwiseTiles:
-    """Of what only passes over activations: as many values per thread, more tokens, fewer parts to add."""
-    block_c = block(channels, 64)
-    return DepthwiseTiles(block(tokens, 4096 // block_c), block_c, 4, "32 values per thread")
+def depthwise_tiles(plane: int) -> VectorTiles:
+    return VECTOR_TILES._replace(block_t=16) if plane <= 16 else VECTOR_TILES
 
 
 def images_per_chunk(batch: int, plane: int, channels: int, item: int, device: Device) -> int:
@@ -115,18 +106,21 @@ def images_per_chunk(batch: int, plane: int, channels: int, item: int, device: D
     return max(1, min(batch, max(stay, busy)))
 
 
-def every_choice(device: Device) -> Iterator[tuple[int, int, ProductTiles | DepthwiseTiles]]:
-    """(channels, item, tiles): what the functions above return for this device, each kind once."""
-    seen = set()
-    for channels in (1536, 768, 256, 64, 16):
-        for item in (2, 4):
-            for tokens in (49, 196, 256, 1024, 64 * 1024):
-                for tiles in (
-                    product_tiles(tokens, channels, item, device),
-                    fused_tiles(tokens, channels, item, device),
-                    depthwise_tiles(tokens, channels),
-                ):
-                    key = (item, type(tiles), tiles and tiles[:-1])
-                    if tiles and key not in seen:
-                        seen.add(key)
-                        yield channels, item, tiles
+class Choice(NamedTuple):
+    kernel: str  # "product", "fused" or "depthwise"
+    item: int
+    tiles: ProductTiles | VectorTiles
+
+
+def every_choice(device: Device) -> Iterator[Choice]:
+    """What the functions above can return for this device, each once: sizes on both sides of every border."""
+    sizes = [2**i + more for i in range(4, 9) for more in (0, 1)]
+    found: dict[tuple, Choice] = {}
+    for item in (2, 4):
+        for size in (*sizes, 1 << 20):
+            tiles = {"depthwise": depthwise_tiles(size), "fused": fused_tiles(size, item, device)}
+            choices = [Choice(kernel, item, t) for kernel, t in tiles.items() if t]
+            choices += [Choice("product", item, product_tiles(size, channels, item, device)) for channels in (64, 1024)]
+            for choice in choices:
+                found.setdefault((choice.kernel, item, choice.tiles[:-1]), choice)
+    yield from found.values()

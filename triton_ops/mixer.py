@@ -80,8 +80,8 @@ def run(
     result = torch.empty_like(x)
     size = images_per_chunk(batch, plane, channels, item, device)
     buffers = [torch.empty_like(x[:size]) for _ in range(2)]  # y, and y of the next block
-    fused = fused_tiles(plane, channels, item, device)
-    spatial = depthwise_tiles(plane, channels)
+    fused = fused_tiles(plane, item, device)
+    spatial = depthwise_tiles(plane)
 
     def depthwise(d: int, chunk: Tensor, y: Tensor) -> None:
         bias = None if w.dw_bias is None else w.dw_bias[dw_index[d]]

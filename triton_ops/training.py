@@ -20,7 +20,7 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import Device, ProductTiles, depthwise_tiles, elementwise_tiles, product_tiles
+from .configs import VECTOR_TILES, Device, ProductTiles, depthwise_tiles, product_tiles
 from .depthwise_training import depthwise_backward_kernel, depthwise_forward_kernel, taps_gradient_kernel
 from .elementwise import (
     finish_gradient_kernel,
@@ -76,9 +76,9 @@ class Blocks:
         self.depth, self.channels, self.tokens = len(pw_index), w.matrices.shape[-1], batch * height * width
         self.kernel = round(w.taps.shape[1] ** 0.5)
         item, device = like.element_size(), Device.of(like.device)
-        self.spatial = depthwise_tiles(self.plane, self.channels)
+        self.spatial = depthwise_tiles(self.plane)
         self.tiles: ProductTiles = product_tiles(self.tokens, self.channels, item, device)
-        self.flat = elementwise_tiles(self.tokens, self.channels)
+        self.flat = VECTOR_TILES
         self.images = triton.cdiv(batch, MOST_SPLITS)  # of a part of the taps' gradient
         self.split_tokens = max(SPLIT_TOKENS, triton.cdiv(self.tokens, MOST_SPLITS))
 
@@ -207,9 +207,8 @@ class Blocks:
         t, c = self.tiles, self.channels
         splits = triton.cdiv(self.tokens, self.split_tokens)
         parts = self.new(splits, c, c)
-        rows = min(t.block_m, triton.next_power_of_2(max(16, c)))
-        weight_gradient_kernel[(triton.cdiv(c, rows) * triton.cdiv(c, t.block_n), splits)](
-            gradient, y, parts, self.tokens, self.split_tokens, **(self.product_options() | {"BLOCK_M": rows})
+        weight_gradient_kernel[(triton.cdiv(c, t.block_m) * triton.cdiv(c, t.block_n), splits)](
+            gradient, y, parts, self.tokens, self.split_tokens, **self.product_options()
         )
         return parts.sum(0)
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 INFERENCE, TRAINING = ("spin frozen", "spin"), ("spin", "spin checkpoint")
-OURS = (*INFERENCE, *TRAINING[1:])
+CAPTURED = "spin graphs"  # frozen, or a training step, as one CUDA graph
+OURS = (*INFERENCE, *TRAINING[1:], CAPTURED)
 PEERS = {  # the name --peers takes -> its variants
     "eager": ("eager", "eager channels_last"),
     "compile": ("compile", "compile channels_last"),
     "autotune": ("autotune", "autotune channels_last"),
+    "graphs": ("graphs", "graphs channels_last"),
     "openvino": ("openvino",),
     "onnxruntime": ("onnxruntime",),
 }
-TRAINING_PEERS = ("eager", "compile")
+TRAINING_PEERS = ("eager", "compile", "autotune", "graphs")
 DEVICE_PEERS = {
     "cpu": ("eager", "compile", "openvino", "onnxruntime"),
-    "cuda": ("eager", "compile", "autotune"),
+    "cuda": ("eager", "compile", "autotune", "graphs"),
 }
 
 
@@ -26,6 +28,8 @@ def peers_of(suite: str, device: str) -> tuple[str, ...]:
 def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
     """The providers of a run: ours, then all variants of the peers (None: all; eager for blocks)."""
     ours = TRAINING if suite == "train" else INFERENCE
+    if device == "cuda":
+        ours += (CAPTURED,)
     if peers is None:
         peers = list(peers_of(suite, device)) if suite in ("networks", "train") else ["eager"]
     return [*ours, *(variant for peer in peers for variant in PEERS[peer])]

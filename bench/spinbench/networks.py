@@ -117,25 +117,31 @@ SHARING = tuple(
     for rate in (1, 2, 4, 8, 16, 32)
 )
 TRAIN = (NETWORKS[0], NETWORKS[2])
-SUITES = {"networks": NETWORKS, "blocks": BLOCKS, "sharing": SHARING, "train": TRAIN}
+LARGE = (*NETWORKS[:2], Network("convmixer_1536_20_k9_p7", 1536, 20, 9, 224, 7))  # for GPUs
+SUITES = {
+    "cpu": {"networks": NETWORKS, "blocks": BLOCKS, "sharing": SHARING, "train": TRAIN},
+    "cuda": {"networks": LARGE, "blocks": BLOCKS, "sharing": SHARING, "train": LARGE},
+}
 TRAIN_BATCH = {TRAIN[0].name: 4, TRAIN[1].name: 32}
 
 
-def cases(suite: str, batches: list[int] | None, dtypes: list[str], quick: bool = False) -> list[Case]:
-    """The cases of a suite, small ones first within a network; quick keeps the suite's smallest network. Without
-    `batches` the suite's own."""
-    networks = SUITES[suite]
+def batches_of(suite: str, network: Network, device: str) -> list[int]:
+    """Where none are asked for; on a GPU those that fill it come first, for a run that is cut short."""
+    if device == "cuda":
+        return {"networks": [64, 1, 256, 16], "train": [32, 128]}.get(suite, [64])
+    return {"networks": [1, 8], "train": [TRAIN_BATCH.get(network.name, 1)]}.get(suite, [1])
+
+
+def cases(
+    suite: str, batches: list[int] | None, dtypes: list[str], quick: bool = False, device: str = "cpu"
+) -> list[Case]:
+    """The cases of a suite, network by network; quick keeps its smallest network, at the first of its batches."""
+    networks = SUITES[device][suite]
     if quick:
         networks = (min(networks, key=lambda network: network.flops(1)),)
-    training = suite == "train"
-
-    def batches_of(network: Network) -> list[int]:
-        own = [TRAIN_BATCH[network.name]] if training else [1, 8] if suite == "networks" and not quick else [1]
-        return batches or own
-
     return [
-        Case(network, batch, dtype, training)
+        Case(network, batch, dtype, suite == "train")
         for network in networks
-        for batch in batches_of(network)
+        for batch in batches or batches_of(suite, network, device)[: 1 if quick else None]
         for dtype in dtypes
     ]

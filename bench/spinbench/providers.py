@@ -31,6 +31,25 @@ class Job:
         return getattr(torch, self.case.dtype)
 
 
+def captured(call: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """`call` as one CUDA graph, replayed on the tensors that it was captured with."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # libraries choose their kernels, allocators find their sizes
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = call()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay
+
+
 def spin(job: Job, frozen: bool) -> Callable:
     from spinbench.ours import make_ours
 
@@ -39,7 +58,9 @@ def spin(job: Job, frozen: bool) -> Callable:
         model.freeze()
         if job.case.network.patch and job.x.device.type == "cpu":
             return lambda: model(job.x)  # a packed network takes the float32 image as it is
-    return lambda: model(job.x.to(job.dtype)).float()
+    # The Triton kernels read tokens x channels, which a stem in this layout makes.
+    layout = torch.channels_last if job.x.is_cuda else torch.preserve_format
+    return lambda: model(job.x.to(dtype=job.dtype, memory_format=layout)).float().contiguous()
 
 
 def eager(job: Job, memory_format: torch.memory_format) -> Callable:
@@ -84,12 +105,15 @@ def onnxruntime(job: Job) -> Callable:
 BUILDERS: dict[str, Callable[[Job], Callable]] = {
     "spin frozen": partial(spin, frozen=True),
     "spin": partial(spin, frozen=False),
+    "spin graphs": lambda job: captured(spin(job, frozen=True)),
     "eager": partial(eager, memory_format=torch.contiguous_format),
     "eager channels_last": partial(eager, memory_format=torch.channels_last),
     "compile": partial(compiled, memory_format=torch.contiguous_format),
     "compile channels_last": partial(compiled, memory_format=torch.channels_last),
     "autotune": partial(compiled, memory_format=torch.contiguous_format, mode="max-autotune"),
     "autotune channels_last": partial(compiled, memory_format=torch.channels_last, mode="max-autotune"),
+    "graphs": lambda job: captured(eager(job, torch.contiguous_format)),
+    "graphs channels_last": lambda job: captured(eager(job, torch.channels_last)),
     "openvino": openvino,
     "onnxruntime": onnxruntime,
 }

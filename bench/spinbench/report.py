@@ -195,7 +195,7 @@ def plot(path: Path, rows: list[dict], title: str) -> None:
             chosen = [row for row in rows if row["dtype"] == dtype and row["provider"] == provider]
             places = [names.index(label_of(row)) + (i + 0.5) * width - 0.425 for row in chosen]
             color = (
-                ("#c0392b", "#e59866", "#f5cba7")[OURS.index(provider)]
+                ("#c0392b", "#e59866", "#f5cba7", "#922b21")[OURS.index(provider)]
                 if provider in OURS
                 else plt.cm.viridis(i / len(providers))
             )

@@ -49,7 +49,15 @@ class Result:
 def prepare(
     workers: list[Worker], case: Case, timeout: float = PREPARE_SECONDS
 ) -> tuple[dict[str, Result], dict[str, str]]:
-    """All workers build their provider at the same time; answers results without bursts, and failures."""
+    """All workers build their provider at the same time, but those that choose kernels by timing them on a GPU: these
+    one by one, last. Answers results without bursts, and failures."""
+    alone = [worker for worker in workers if worker.name.startswith("autotune")]
+    if alone and len(workers) > 1:
+        results, failures = prepare([worker for worker in workers if worker not in alone], case, timeout)
+        for worker in alone:
+            more, failed = prepare([worker], case, timeout)
+            results, failures = results | more, failures | failed
+        return results, failures
     results: dict[str, Result] = {}
     failures: dict[str, str] = {}
     pending: dict = {}

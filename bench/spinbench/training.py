@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spinbench.catalog import TRAINING
-from spinbench.providers import Job
+from spinbench.catalog import OURS
+from spinbench.providers import Job, captured
 
 
 def loss_of(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -33,21 +33,28 @@ def gradient(model: nn.Module) -> Tensor:
 
 def make_step(name: str, job: Job) -> tuple[Callable[[], Tensor], dict[str, float]]:
     """The step of a provider, the share of the forward pass (with the loss) in it, and megabytes: held between forward
-    and backward (without parameters and their casts), and by which a step's peak of resident memory is above what the
-    process had with its model and nothing else."""
-    x = job.x
-    if name in TRAINING:
+    and backward (without parameters and their casts), and by which a step's peak of memory (resident; on a GPU
+    allocated) is above what the process had with its model and nothing else."""
+    x, graphs = job.x, "graphs" in name
+    channels_last = name.endswith("channels_last")
+    if name in OURS:
         from spinbench.ours import make_ours
 
-        model = make_ours(job.case.network, job.plain, checkpoint=name != "spin").to(x.device)
+        model = make_ours(job.case.network, job.plain, checkpoint=name == "spin checkpoint").to(x.device)
+        channels_last = x.is_cuda  # see providers.spin
     else:
-        layout = torch.channels_last if name.endswith("channels_last") else torch.contiguous_format
-        model, x = job.plain.to(x.device).to(memory_format=layout), x.to(memory_format=layout)
-    model.train()
-    call = torch.compile(model, dynamic=False) if name.startswith("compile") else model
+        model = job.plain.to(x.device)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model, x = model.to(memory_format=layout).train(), x.to(memory_format=layout)
+    call = model
+    if modes := {"compile": "default", "autotune": "max-autotune"}.get(name.split()[0]):
+        call = torch.compile(model, dynamic=False, mode=modes)
 
     def forward() -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=job.case.dtype == "bfloat16"):
+        # Casts kept from outside a graph would be stale in it.
+        with torch.autocast(
+            x.device.type, torch.bfloat16, enabled=job.case.dtype == "bfloat16", cache_enabled=not graphs
+        ):
             return loss_of(call, x)
 
     def step() -> Tensor:
@@ -57,16 +64,25 @@ def make_step(name: str, job: Job) -> tuple[Callable[[], Tensor], dict[str, floa
         return gradient(model).float()
 
     step()  # may compile
+    figures = {
+        "peak_mb": peak_bytes(step, x.device) / 1e6,
+        "forward_share": forward_share(forward),
+        "held_mb": held_bytes(forward, model) / 1e6,
+    }
+    return captured(step) if graphs else step, figures
+
+
+def peak_bytes(step: Callable[[], Tensor], device: torch.device) -> int:
     trim()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
     before = resident("VmRSS")
     reset_peak()
     step()
-    peak = resident("VmHWM") - before
-    return step, {
-        "forward_share": forward_share(forward),
-        "held_mb": held_bytes(forward, model) / 1e6,
-        "peak_mb": peak / 1e6,
-    }
+    return resident("VmHWM") - before
 
 
 def forward_share(forward: Callable[[], Tensor], tries: int = 3) -> float:

@@ -17,6 +17,8 @@ import psutil
 from spinbench.networks import Case, Network
 
 START_SECONDS = 60
+CHECKED_IMAGES = 16  # of a batch against float64; also what BatchNorm's statistics are taken from
+FLUSH_BYTES = 256 << 20  # more than any L2
 
 
 class WorkerFailed(Exception):
@@ -111,7 +113,7 @@ def serve(connection: Connection, name: str, folder: str, threads: int, device: 
     os.environ.update(
         OMP_NUM_THREADS=str(threads),
         TORCHINDUCTOR_CACHE_DIR=str(Path(folder) / "inductor"),
-        TORCHINDUCTOR_COMPILE_THREADS="1",
+        TORCHINDUCTOR_COMPILE_THREADS=str(max(1, threads // 2)),  # several workers compile at once
     )
     state = WorkerState(name, Path(folder), threads, device)
     connection.send((True, "started"))
@@ -135,10 +137,10 @@ class WorkerState:
     def __init__(self, name: str, folder: Path, threads: int, device: str):
         self.name, self.folder, self.threads, self.device = name, folder, threads, device
 
-    def has_cuda(self) -> bool:
+    def cuda_name(self) -> str | None:
         import torch
 
-        return torch.cuda.is_available()
+        return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
     def peaks(self, seconds: float) -> dict[str, float]:
         """This machine's ceilings: {float32,bfloat16}_gflops and copy_gbps."""
@@ -155,25 +157,28 @@ class WorkerState:
         return spin_runtime.multiply_add_rate(self.threads, seconds)
 
     def make(self, network: Network, batch: int, seed: int, training: bool) -> None:
-        """Write weights, inputs and the float64 outputs (training: gradients) of a network, for all workers to load."""
+        """Write weights, inputs and the float64 outputs of the first images (training: gradients) of a network, for all
+        workers to load."""
         import torch
 
         from spinbench import plain
 
         torch.set_num_threads(self.threads)
         x = plain.make_input(network, batch, seed)
-        model = plain.make_plain(network, x, seed)
+        model = plain.make_plain(network, x[:CHECKED_IMAGES], seed)
         state = model.state_dict()  # keeps the float32 tensors: double() below puts new ones in the model
         if training:
             from spinbench.training import gradient, loss_of
 
-            model = model.double().train()
-            loss_of(model, x.double()).backward()
+            model = model.to(self.device, torch.float64).train()
+            model.recompute = self.device == "cuda"  # its batches are large
+            loss_of(model, x.to(self.device, torch.float64)).backward()
             reference = gradient(model)
         else:
             with torch.no_grad():
-                reference = model.double()(x.double())
-        torch.save({"state": state, "x": x, "reference": reference}, self.folder / f"{network.name}.pt")
+                reference = model.to(self.device, torch.float64)(x[:CHECKED_IMAGES].to(self.device, torch.float64))
+        torch.save({"state": state, "x": x, "reference": reference.cpu()}, self.folder / f"{network.name}.pt")
+        self.release()
 
     def prepare(self, case: Case) -> dict[str, float]:
         """Build this worker's provider and compare its output; answers relative L2 and max error."""
@@ -199,15 +204,17 @@ class WorkerState:
             run, memory = make_step(self.name, job)
         else:
             run = providers.BUILDERS[self.name](job)
-        self.sync = torch.cuda.synchronize if self.device == "cuda" else lambda: None
         for _ in range(2):  # the first call may compile
             output = torch.as_tensor(run()).clone()
+        if not case.training:
+            output = output[: len(reference)]
         if output.dtype != torch.float32 or output.shape != reference.shape:
             raise RuntimeError(f"its output is {output.dtype} {tuple(output.shape)}")
         difference = output.double().cpu() - reference
         if not difference.isfinite().all():
             raise RuntimeError("its output is not finite")
         self.run = run
+        self.release()
         return {
             "error": float(difference.norm() / reference.norm()),
             "max_error": float(difference.abs().max()),
@@ -219,11 +226,34 @@ class WorkerState:
         times: list[float] = []
         end = time.perf_counter() + seconds
         while len(times) < least_calls or (len(times) < most_calls and time.perf_counter() < end):
+            self.flush()
             start = time.perf_counter()
             self.run()
-            self.sync()
+            self.wait()
             times.append(time.perf_counter() - start)
+        self.release()
         return times
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+
+    def flush(self) -> None:
+        """Replaces what a GPU's L2 holds: a call finds it as another program would leave it."""
+        if self.device == "cuda":
+            import torch
+
+            torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device).fill_(1)
+            self.wait()
+
+    def release(self) -> None:
+        """Gives a GPU's memory back for the other workers; a burst's first call, which is dropped, takes it again."""
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
 
 def cuda_peaks(seconds: float) -> dict[str, float]:

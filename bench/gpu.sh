@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# bench/gpu.sh OUT: what only a machine with a GPU can check, in eight minutes, everything it finds under OUT:
+# tests, compute-sanitizer, benchmarks. Builds the package unless its library is here, built elsewhere with CUDA.
+# A step that overruns its time is stopped; a benchmark then keeps its finished cases.
+set -uo pipefail
+[ $# = 1 ] || { echo "usage: bench/gpu.sh OUT" >&2; exit 2; }
+mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+failed=()
+
+# step NAME SECONDS COMMAND...
+step() {
+  local name=$1 seconds=$2 start=$SECONDS status=0
+  shift 2
+  timeout --kill-after=20 "$seconds" "$@" >"$out/$name.log" 2>&1 || status=$?
+  echo "$name: exit $status after $((SECONDS - start)) s of at most $seconds (124: stopped)" | tee -a "$out/summary.txt"
+  [ "$status" = 0 ] || failed+=("$name")
+}
+bench() {
+  local name=$1 seconds=$2
+  shift 2
+  step "bench-$name" "$seconds" "$python" bench/run.py --device cuda --json "$out/$name.json" --plot "$out/$name.png" "$@"
+}
+sanitize() {
+  if command -v compute-sanitizer >/dev/null; then
+    step "$1" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
+      "$python" -m pytest -m gpu tests/test_triton.py tests/test_triton_training.py -k "large_kernels or same_bits"
+  else
+    echo "$1: no compute-sanitizer on PATH" | tee -a "$out/summary.txt"
+    failed+=("$1")
+  fi
+}
+
+: >"$out/summary.txt"
+"$python" -c "import torch; assert torch.cuda.is_available(); print(torch.cuda.get_device_name(), 'torch', torch.__version__)" \
+  2>&1 | tail -n 1 | tee -a "$out/summary.txt"
+[ -e spin_kernels/libspin.so ] || step build 240 "$python" -m pip install --no-build-isolation --no-deps -e .
+step tests 110 "$python" -m pytest -m gpu
+sanitize memcheck
+sanitize racecheck
+bench networks 130
+bench train 100
+bench blocks 25 --quick
+bench sharing 35 --only 768_32_k3 --peers ""
+echo "failed: ${failed[*]:-nothing}" | tee -a "$out/summary.txt"
+[ ${#failed[@]} = 0 ]
