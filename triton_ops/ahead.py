@@ -32,7 +32,8 @@ TARGETS = {
 }
 # Arguments by name; all others are tensors in the type of the chain.
 FLOATS = (
-    "affine", "gain", "pw_affine", "dw_affine", "coefficients", "norm", "stats", "factors", "affine_gradient", "parts",
+    "affine", "gain", "pw_affine", "dw_affine", "coefficients", "norm", "norm_2", "stats", "factors",
+    "affine_gradient", "parts",
 )  # fmt: skip
 SIZES = (
     "height", "width", "M", "size", "tiles", "block", "period", "total", "batch", "images", "split_tokens",
@@ -73,7 +74,7 @@ def of_depthwise(item: int, tiles: VectorTiles, arch: str) -> Iterator[Found]:
     for size in KERNEL_SIZES:
         yield compiled(depthwise_kernel, item, arch, shape | rich | {"KERNEL": size}, **options)
     yield compiled(depthwise_forward_kernel, item, arch, shape | rich | {"BATCH": True}, "*fp64", **options)
-    yield compiled(depthwise_backward_kernel, item, arch, shape, **options)
+    yield compiled(depthwise_backward_kernel, item, arch, shape | {"SUMS": True, "ACTIVATION": "gelu"}, **options)
     yield compiled(taps_gradient_kernel, item, arch, shape, **options)
 
 
@@ -92,11 +93,12 @@ def of_product(item: int, tiles: ProductTiles, arch: str) -> Iterator[Found]:
     blocks, options = blocks_of(tiles)
     grouped = blocks | {"GROUP_M": tiles.group_m}
     rich = {"HAS_BIAS": True, "HAS_GAIN": True, "ACTIVATION": "gelu"}
+    gradient = {"HAS_GAIN": True, "RESIDUAL": True, "ACTIVATION": "gelu"}
     plain = {"HAS_BIAS": False, "HAS_GAIN": False, "RESIDUAL": False, "ACTIVATION": "relu"}
     yield compiled(product_kernel, item, arch, grouped | plain, **options)
     yield compiled(product_kernel, item, arch, grouped | rich | {"RESIDUAL": True}, **options)
     yield compiled(product_forward_kernel, item, arch, grouped | rich | {"BATCH": True}, "*fp64", **options)
-    yield compiled(input_gradient_kernel, item, arch, grouped | {"HAS_GAIN": True, "RESIDUAL": True}, **options)
+    yield compiled(input_gradient_kernel, item, arch, grouped | gradient, **options)
     yield compiled(weight_gradient_kernel, item, arch, blocks, **options)
 
 
@@ -105,7 +107,7 @@ def of_elementwise(item: int, arch: str) -> Iterator[Found]:
     columns = {"C": CHANNELS, "BLOCK_C": tiles.block_c}
     shape, options = columns | {"BLOCK_T": tiles.block_t, "ACTIVATION": "gelu"}, {"num_warps": tiles.warps}
     yield compiled(elementwise.finish_moments_kernel, item, arch, columns, "*fp64", num_warps=1)
-    yield compiled(elementwise.normalise_kernel, item, arch, shape | {"RESIDUAL": True}, **options)
+    yield compiled(elementwise.normalise_kernel, item, arch, shape | {"RESIDUAL": True, "TWO": True}, **options)
     yield compiled(elementwise.gradient_sums_kernel, item, arch, shape, **options)
     yield compiled(elementwise.finish_gradient_kernel, item, arch, columns | {"BATCH": True}, num_warps=1)
     yield compiled(elementwise.gradient_kernel, item, arch, shape | {"BATCH": True}, **options)

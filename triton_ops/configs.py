@@ -6,6 +6,7 @@ can be is listed by `every_choice`, which the tests compile ahead of time for ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,12 +81,15 @@ def product_tiles(tokens: int, channels: int, item: int, device: Device) -> Prod
     return fitting(ProductTiles(m, n, k, 8, warps, 4, reason), item, device)
 
 
-def fused_tiles(plane: int, item: int, device: Device) -> ProductTiles | None:
-    """Of fused_kernel, or None where two kernels serve better."""
+def fused_tiles(images: int, plane: int, channels: int, item: int, device: Device) -> ProductTiles | None:
+    """Of fused_kernel, or None where two kernels serve better: other planes, or too few programs for the device."""
     whole = next_power_of_2(plane)
     if item == 4 or plane > LARGEST_PLANE or plane < 0.75 * whole or plane < 16:
         return None
-    return fitting(ProductTiles(whole, 64, 64, 1, 8, 4, "an image's planes fit a tile"), item, device)
+    n = 64 if channels <= 64 else 128  # wide: y comes from L2 once per tile of channels
+    if images * -(-channels // n) < device.processors:
+        return None
+    return fitting(ProductTiles(whole, n, 64, 1, 8, 3, "an image's planes fit a tile"), item, device)
 
 
 def fitting(tiles: ProductTiles, item: int, device: Device) -> ProductTiles:
@@ -100,10 +104,23 @@ def depthwise_tiles(plane: int) -> VectorTiles:
 
 
 def images_per_chunk(batch: int, plane: int, channels: int, item: int, device: Device) -> int:
-    """Images that go through all blocks together: their x and y stay in half of L2, and all processors have a tile."""
+    """Images that go through all blocks together: their x and y stay in half of L2, and all processors have a tile; of
+    such numbers the one that leaves the fewest processors idle in the last wave of products."""
     stay = device.l2_bytes // 2 // (2 * plane * channels * item)
     busy = -(-device.processors * 128 * 128 // (plane * channels))
-    return max(1, min(batch, max(stay, busy)))
+    most = max(1, stay, busy)
+    if batch <= most:
+        return batch
+
+    def idle(images: int) -> float:
+        tiles = fused_tiles(images, plane, channels, item, device)
+        tiles = tiles or product_tiles(images * plane, channels, item, device)
+        # A tile of the fused kernel holds one image, however few tokens that has.
+        rows = images if tiles.group_m == 1 else -(-images * plane // tiles.block_m)
+        waves = rows * -(-channels // tiles.block_n) / device.processors
+        return round(math.ceil(waves) / waves, 2)
+
+    return min(range(max(1, most // 2), most + 1), key=lambda images: (idle(images), -images))
 
 
 class Choice(NamedTuple):
@@ -118,9 +135,11 @@ def every_choice(device: Device) -> Iterator[Choice]:
     found: dict[tuple, Choice] = {}
     for item in (2, 4):
         for size in (*sizes, 1 << 20):
-            tiles = {"depthwise": depthwise_tiles(size), "fused": fused_tiles(size, item, device)}
-            choices = [Choice(kernel, item, t) for kernel, t in tiles.items() if t]
-            choices += [Choice("product", item, product_tiles(size, channels, item, device)) for channels in (64, 1024)]
+            choices = [Choice("depthwise", item, depthwise_tiles(size))]
+            for channels in (64, 1024):
+                choices.append(Choice("product", item, product_tiles(size, channels, item, device)))
+                if tiles := fused_tiles(1 << 10, size, channels, item, device):
+                    choices.append(Choice("fused", item, tiles))
             for choice in choices:
                 found.setdefault((choice.kernel, item, choice.tiles[:-1]), choice)
     yield from found.values()

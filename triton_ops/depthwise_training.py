@@ -1,7 +1,7 @@
 """The depthwise half of a block in training: its pre-activation with statistics, and both of its gradients.
 
     a = conv(x, taps) + bias, kept; mean and deviations of act(a), a part per tile
-    d x = conv(d a, flipped taps) + residual
+    d x = conv(d a, flipped taps) + residual, and its sums behind the activation before it
     d taps[i, j] = sum over tokens of d a[row, column] x[row + i - pad, column + j - pad]
 
 Tiling: as depthwise.py. The taps' gradient takes BLOCK_C channels of a few images per program, tap after tap: a plane
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .activation import activate
 from .depthwise import convolve, places_of, tile_of_image
-from .elementwise import store_moments
+from .elementwise import store_moments, store_sums
 
 
 @triton.jit
@@ -39,15 +39,20 @@ def depthwise_forward_kernel(
 
 @triton.jit
 def depthwise_backward_kernel(
-    gradient, taps, residual, out, height, width,
-    C: tl.constexpr, KERNEL: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    gradient, taps, residual, out, pre, norm, parts, height, width,
+    C: tl.constexpr, KERNEL: tl.constexpr, SUMS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     plane = height * width
     image, _, tokens, channels = tile_of_image(plane, BLOCK_T, BLOCK_C)
     total = convolve(gradient, taps, image, tokens, channels, height, width, C, KERNEL, BLOCK_T, BLOCK_C)
     place, mask = places_of(image, tokens, channels, plane, C)
     total += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+    kept = total.to(out.dtype.element_ty)
+    tl.store(out + place, kept, mask=mask)
+    if SUMS:
+        g = tl.where(mask, kept.to(tl.float32), 0.0)
+        store_sums(g, pre, norm, parts, tl.program_id(0), channels, place, mask, C, ACTIVATION)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """What training does between the convolutions, on tiles of BLOCK_T tokens x BLOCK_C channels.
 
-    normalise   out = scale (act(pre) - center) + shift (+ residual)
-    sums        sum g and sum g (act(pre) - center), a part per tile of tokens
+    normalise   out = scale (act(pre) - center) + shift (+ residual (+ the first two of another pre-activation))
+    sums        sum g and sum g (act(pre) - center), a part per tile of tokens; mostly in the kernel that makes g
     gradient    act'(pre) (p g + q (act(pre) - center) + r), and its sum per tile: the bias' gradient
 
 A normalisation is four rows of channels: center, scale, shift, 1 / deviation (frozen statistics: 0, gamma, beta, 1).
@@ -73,18 +73,38 @@ def finish_moments_kernel(
 
 
 @triton.jit
-def normalise_kernel(
-    pre, norm, residual, out, M,
-    C: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    _, channels, in_c, place, mask = tile_of(M, C, BLOCK_T, BLOCK_C)
+def normalised(pre, norm, channels, in_c, place, mask, C: tl.constexpr, ACTIVATION: tl.constexpr):
     center, scale = tl.load(norm + channels, mask=in_c, other=0.0), tl.load(norm + C + channels, mask=in_c, other=0.0)
     shift = tl.load(norm + 2 * C + channels, mask=in_c, other=0.0)
     value = activate(tl.load(pre + place, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-    value = (value - center[None, :]) * scale[None, :] + shift[None, :]
+    return (value - center[None, :]) * scale[None, :] + shift[None, :]
+
+
+@triton.jit
+def normalise_kernel(
+    pre, norm, pre_2, norm_2, residual, out, M,
+    C: tl.constexpr, TWO: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    _, channels, in_c, place, mask = tile_of(M, C, BLOCK_T, BLOCK_C)
+    value = normalised(pre, norm, channels, in_c, place, mask, C, ACTIVATION)
     if RESIDUAL:
-        value += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        rest = tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
+        if TWO:  # rounded as where it is a tensor of its own
+            rest += normalised(pre_2, norm_2, channels, in_c, place, mask, C, ACTIVATION)
+            rest = rest.to(out.dtype.element_ty).to(tl.float32)
+        value += rest
     tl.store(out + place, value.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_sums(g, pre, norm, parts, tile, channels, place, mask, C: tl.constexpr, ACTIVATION: tl.constexpr):
+    """The sums of a tile of g, zero outside the mask, into parts (tiles, 2, C)."""
+    in_c = channels < C
+    u = activate(tl.load(pre + place, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    off = tl.where(mask, u - tl.load(norm + channels, mask=in_c, other=0.0)[None, :], 0.0)
+    tl.store(parts + (2 * tile) * C + channels, tl.sum(g, axis=0), mask=in_c)
+    tl.store(parts + (2 * tile + 1) * C + channels, tl.sum(g * off, axis=0), mask=in_c)
 
 
 @triton.jit
@@ -92,12 +112,9 @@ def gradient_sums_kernel(
     pre, gradient, norm, parts, M,
     C: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tile, channels, in_c, place, mask = tile_of(M, C, BLOCK_T, BLOCK_C)
+    tile, channels, _, place, mask = tile_of(M, C, BLOCK_T, BLOCK_C)
     g = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32)
-    u = activate(tl.load(pre + place, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
-    off = tl.where(mask, u - tl.load(norm + channels, mask=in_c, other=0.0)[None, :], 0.0)
-    tl.store(parts + (2 * tile) * C + channels, tl.sum(g, axis=0), mask=in_c)
-    tl.store(parts + (2 * tile + 1) * C + channels, tl.sum(g * off, axis=0), mask=in_c)
+    store_sums(g, pre, norm, parts, tile, channels, place, mask, C, ACTIVATION)
 
 
 @triton.jit

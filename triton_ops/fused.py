@@ -5,7 +5,7 @@
 
 Tiling: a program computes all tokens of one image for BLOCK_N channels, so the depthwise needs nothing from another
 program: no halo, no exchange. x goes to memory (it stays in L1 and L2) because Triton cannot shift a tile in registers;
-a barrier of the program stands between writing and reading it.
+a barrier of the program stands between writing and reading it, BLOCK_T tokens at a time.
 Cost: product.py's and depthwise.py's arithmetic; of the activations only y is read and x, y' written once each, and
 half the launches. The planes must fit a tile: H * W <= 256.
 """
@@ -38,5 +38,8 @@ def fused_kernel(
     mask = (tokens < M)[:, None] & (channels < C)[None, :]
     tl.store(x + tokens[:, None] * C + channels[None, :], value.to(x.dtype.element_ty), mask=mask)
     tl.debug_barrier()
-    total = convolve(x, taps, image, in_plane, channels, height, width, C, KERNEL, BLOCK_M, BLOCK_N)
-    depthwise_end(total, x, dw_bias, dw_affine, y_next, image, in_plane, channels, plane, C, HAS_DW_BIAS, ACTIVATION)
+    BLOCK_T: tl.constexpr = min(BLOCK_M, 64)  # sums of the product's whole tile would not fit the registers again
+    for first in range(0, BLOCK_M, BLOCK_T):
+        part = first + tl.arange(0, BLOCK_T)
+        sums = convolve(x, taps, image, part, channels, height, width, C, KERNEL, BLOCK_T, BLOCK_N)
+        depthwise_end(sums, x, dw_bias, dw_affine, y_next, image, part, channels, plane, C, HAS_DW_BIAS, ACTIVATION)

@@ -80,7 +80,7 @@ def run(
     result = torch.empty_like(x)
     size = images_per_chunk(batch, plane, channels, item, device)
     buffers = [torch.empty_like(x[:size]) for _ in range(2)]  # y, and y of the next block
-    fused = fused_tiles(plane, item, device)
+    fused = fused_tiles(size, plane, channels, item, device)
     spatial = depthwise_tiles(plane)
 
     def depthwise(d: int, chunk: Tensor, y: Tensor) -> None:

@@ -1,7 +1,7 @@
 """The pointwise half of a block in training: its pre-activation with statistics, and both of its gradients.
 
     c = gain * (y W^T) + bias, kept; mean and deviations of act(c), a part per tile
-    d y = (gain * d c) W (+ residual)
+    d y = (gain * d c) W (+ residual), and its sums behind the depthwise activation
     P[o, i] = sum over tokens of d c[o] y[i]; the matrix' gradient is gain * P, the gain's the sum of W * P over i
 
 Tiling: as product.py. P's sum over tokens is split between programs, SPLIT_TOKENS each, whose parts are added in order
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-from .elementwise import store_moments
+from .elementwise import store_moments, store_sums
 from .product import multiply, pre_activation, tile_of_product
 
 
@@ -35,16 +35,19 @@ def product_forward_kernel(
 
 @triton.jit
 def input_gradient_kernel(
-    gradient, matrix, gain, residual, out, M,
-    C: tl.constexpr, HAS_GAIN: tl.constexpr, RESIDUAL: tl.constexpr,
+    gradient, matrix, gain, residual, out, pre, norm, parts, M,
+    C: tl.constexpr, HAS_GAIN: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    _, tokens, inputs = tile_of_product(M, C, BLOCK_M, BLOCK_N, GROUP_M)
+    tile, tokens, inputs = tile_of_product(M, C, BLOCK_M, BLOCK_N, GROUP_M)
     total = multiply(gradient, matrix, gain, tokens, inputs, M, C, True, HAS_GAIN, BLOCK_M, BLOCK_N, BLOCK_K)
     mask, place = (tokens < M)[:, None] & (inputs < C)[None, :], tokens[:, None] * C + inputs[None, :]
     if RESIDUAL:
         total += tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=mask)
+    kept = total.to(out.dtype.element_ty)
+    tl.store(out + place, kept, mask=mask)
+    g = tl.where(mask, kept.to(tl.float32), 0.0)
+    store_sums(g, pre, norm, parts, tile, inputs, place, mask, C, ACTIVATION)
 
 
 @triton.jit

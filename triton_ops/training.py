@@ -4,8 +4,11 @@ Forward, per block: x = normalised act(c) of the block before (+ its y); depthwi
 product -> c. Statistics of the batch are measured where a and c are made. Kept: a and c of every block (with save=1
 only c), and with pw_residual every eighth x, because subtracting residuals again would lose what they swallowed.
 
-Backward, from the last block: sums behind c; d c; d y (one product); P (one product), added to the matrix' one float32
-gradient; sums behind a; d a; d taps; d x.
+Backward, from the last block: d c; P (one product), added to the matrix' one float32 gradient; d y (one product) with
+its sums behind a; d a; d x with its sums behind the c before; d taps.
+
+y and x are written between kernels, not computed in the next one's prologue: a product reads its input once per tile of
+channels (six times at 768), so a prologue would read two tensors instead of one as often, and L2 bounds it already.
 
 Kept is one flat tensor: (save * D + anchors) planes of tokens x channels in the type of x.
 """
@@ -137,10 +140,11 @@ class Blocks:
             parts, affine, measured.stats, measured.norm, len(parts), block, period, self.tokens, self.eps, **options
         )
 
-    def normalise(self, stage: Stage, residual: Tensor | None, out: Tensor) -> Tensor:
+    def normalise(self, stage: Stage, residual: Tensor | None, out: Tensor, second: Stage | None = None) -> Tensor:
+        pre_2, norm_2 = (None, None) if second is None else (second.pre, second.norm)
         normalise_kernel[self.flat_grid()](
-            stage.pre, stage.norm, residual, out, self.tokens,
-            RESIDUAL=residual is not None, ACTIVATION=self.activation, **self.flat_options(),
+            stage.pre, stage.norm, pre_2, norm_2, residual, out, self.tokens,
+            TWO=second is not None, RESIDUAL=residual is not None, ACTIVATION=self.activation, **self.flat_options(),
         )  # fmt: skip
         return out
 
@@ -174,18 +178,23 @@ class Blocks:
 
     # ---- backward ----
 
-    def through(self, stage: Stage, gradient: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient under an activation into `out`; the affine's gradient (2, C) and the bias' (C)."""
-        grid, options = self.flat_grid(), self.flat_options()
+    def sums(self, stage: Stage, gradient: Tensor) -> Tensor:
+        """Sums behind an activation, parts of tiles (tiles, 2, C)."""
+        grid = self.flat_grid()
         parts = self.new(grid[0], 2, self.channels)
         gradient_sums_kernel[grid](
-            stage.pre, gradient, stage.norm, parts, self.tokens, ACTIVATION=self.activation, **options
+            stage.pre, gradient, stage.norm, parts, self.tokens, ACTIVATION=self.activation, **self.flat_options()
         )
+        return parts
+
+    def through(self, stage: Stage, gradient: Tensor, parts: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient under an activation into `out`; the affine's gradient (2, C) and the bias' (C)."""
+        grid, options = self.flat_grid(), self.flat_options()
         affine, factors = self.new(2, self.channels), self.new(3, self.channels)
         channel_grid, channel_options = self.channel_launch()
         batch = self.eps is not None
         finish_gradient_kernel[channel_grid](
-            parts, stage.norm, affine, factors, grid[0], self.tokens, BATCH=batch, **channel_options
+            parts, stage.norm, affine, factors, len(parts), self.tokens, BATCH=batch, **channel_options
         )
         bias_parts = self.new(grid[0], self.channels)
         gradient_kernel[grid](
@@ -194,14 +203,16 @@ class Blocks:
         )  # fmt: skip
         return affine, bias_parts.sum(0)
 
-    def input_gradient(self, d: int, gradient: Tensor, residual: Tensor | None, out: Tensor) -> Tensor:
+    def input_gradient(self, d: int, gradient: Tensor, residual: Tensor | None, out: Tensor, behind: Stage) -> Tensor:
+        """d y into `out`, and its sums behind the stage that made y."""
         gain = None if self.w.gain is None else self.w.gain[d]
+        parts = self.new(triton.cdiv(self.tokens, self.tiles.block_m), 2, self.channels)
         input_gradient_kernel[self.product_grid()](
-            gradient, self.w.matrices[self.pw_index[d]], gain, residual, out, self.tokens,
-            HAS_GAIN=gain is not None, RESIDUAL=residual is not None, GROUP_M=self.tiles.group_m,
-            **self.product_options(),
+            gradient, self.w.matrices[self.pw_index[d]], gain, residual, out, behind.pre, behind.norm, parts,
+            self.tokens, HAS_GAIN=gain is not None, RESIDUAL=residual is not None, ACTIVATION=self.activation,
+            GROUP_M=self.tiles.group_m, **self.product_options(),
         )  # fmt: skip
-        return out
+        return parts
 
     def weight_gradient(self, gradient: Tensor, y: Tensor) -> Tensor:
         t, c = self.tiles, self.channels
@@ -212,17 +223,25 @@ class Blocks:
         )
         return parts.sum(0)
 
-    def depthwise_gradients(self, d: int, gradient: Tensor, x: Tensor, residual: Tensor, out: Tensor) -> Tensor:
-        """d x into `out`, and the taps' gradient (k * k, C)."""
-        options = self.spatial_options()
-        flipped = self.w.taps[self.dw_index[d]].flip(0)
-        depthwise_backward_kernel[self.spatial_grid()](
-            gradient, flipped, residual, out, self.height, self.width, **options
-        )
+    def depthwise_gradient(
+        self, d: int, gradient: Tensor, residual: Tensor, out: Tensor, behind: Stage | None
+    ) -> Tensor | None:
+        """d x into `out`, and its sums behind the stage that made x, if there is one."""
+        grid, flipped = self.spatial_grid(), self.w.taps[self.dw_index[d]].flip(0)
+        parts = None if behind is None else self.new(grid[0], 2, self.channels)
+        pre, norm = (None, None) if behind is None else (behind.pre, behind.norm)
+        depthwise_backward_kernel[grid](
+            gradient, flipped, residual, out, pre, norm, parts, self.height, self.width,
+            SUMS=behind is not None, ACTIVATION=self.activation, **self.spatial_options(),
+        )  # fmt: skip
+        return parts
+
+    def taps_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """(k * k, C)."""
         programs = triton.cdiv(self.batch, self.images)
         parts = self.new(programs, self.kernel**2, self.channels)
         taps_gradient_kernel[(programs, self.spatial_grid()[1])](
-            gradient, x, parts, self.batch, self.images, self.height, self.width, **options
+            gradient, x, parts, self.batch, self.images, self.height, self.width, **self.spatial_options()
         )
         return parts.sum(0)
 
@@ -310,16 +329,17 @@ def backward(
                     recomputed[block] = b.new_plane()
                     b.depthwise(block, inputs[block], recomputed[block], None)
                 if block < d:
-                    y = b.normalise(dw_stage(block), inputs[block], b.new_plane())
-                    inputs[block + 1] = b.normalise(pw_stage(block), y, b.new_plane())
+                    stages = pw_stage(block), dw_stage(block)
+                    inputs[block + 1] = b.normalise(stages[0], inputs[block], b.new_plane(), stages[1])
 
         g = as_tokens(grad).view(b.tokens, b.channels)
+        sums = b.sums(pw_stage(depth - 1), g)
         for d in reversed(range(depth)):
             if d not in inputs:
                 restore(d)
             s, f = pw_index[d], dw_index[d]
             dc, dy = b.new_plane(), b.new_plane()
-            pw_affines[d], bias = b.through(pw_stage(d), g, dc)
+            pw_affines[d], bias = b.through(pw_stage(d), g, sums, dc)
             pw_biases[s] += bias
             y = b.normalise(dw_stage(d), inputs[d], b.new_plane())
             outer = b.weight_gradient(dc, y)
@@ -328,12 +348,13 @@ def backward(
             else:
                 matrices[s] += pw_gain[d][:, None] * outer
                 gains[d] = (w.matrices[s] * outer).sum(1)
-            b.input_gradient(d, dc, g if pw_residual else None, dy)
-            dw_affines[d], bias = b.through(dw_stage(d), dy, dc)
+            sums = b.input_gradient(d, dc, g if pw_residual else None, dy, dw_stage(d))
+            da = dc
+            dw_affines[d], bias = b.through(dw_stage(d), dy, sums, da)
             dw_biases[f] += bias
             g = b.new_plane()
-            taps[f] += b.depthwise_gradients(d, dc, inputs[d], dy, g)
-            del inputs[d]
+            sums = b.depthwise_gradient(d, da, dy, g, pw_stage(d - 1) if d else None)
+            taps[f] += b.taps_gradient(da, inputs.pop(d))
 
         if pw_coefficients is None:
             coefficients, weights = None, matrices
