@@ -235,6 +235,17 @@ def test_cases_of_a_gpu():
     }
 
 
+def test_predictions_stay_above_the_floor():
+    pytest.importorskip("triton", reason="triton is not installed")
+    predict = importlib.import_module("predict")
+    for network in networks.LARGE:
+        products = network.depth * 2 * network.dim**2 * network.tokens
+        for batch in predict.BATCHES:
+            assert predict.inference(network, batch, predict.Rates()) > batch * products / 989e12
+        for batch in predict.TRAINING_BATCHES:
+            assert predict.training(network, batch, predict.Rates()) > 3 * batch * products / 989e12
+
+
 def test_peers_that_time_kernels_are_prepared_alone(monkeypatch):
     groups = []
 
