@@ -9,12 +9,14 @@ from . import (
     _library,  # noqa: F401  (registers the operators)
     convert,
     functional,
+    fusion,
     models,
     nn,
     ops,
     reference,
 )
+from .convert import accelerate
 from .dispatch import explain
 from .sharing import Sharing
 
-__all__ = ["Sharing", "convert", "explain", "functional", "models", "nn", "ops", "reference"]
+__all__ = ["Sharing", "accelerate", "convert", "explain", "functional", "fusion", "models", "nn", "ops", "reference"]

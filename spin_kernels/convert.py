@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import fusion
+from .checkpoints import load
 from .models import ConvMixer, convmixer
+from .nn import FusedMixer
+from .reference import compose_matrices
 from .sharing import Sharing
+
+__all__ = ["accelerate", "from_ml_spin", "from_timm", "load", "to_timm"]
 
 _ACTIVATION_CLASSES = {
     "GELU": "gelu",
@@ -18,6 +25,14 @@ _ACTIVATION_CLASSES = {
     "SiLU": "silu",
     "Swish": "silu",
     "Identity": "identity",
+}
+
+_ACTIVATION_LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "relu": nn.ReLU,
+    "silu": nn.SiLU,
+    "identity": nn.Identity,
 }
 
 # The names of layers: {d} is a block, {s} a distinct pointwise matrix.
@@ -39,6 +54,7 @@ _ML_SPIN = {
     "pw_weight": "pwise_w.{s}",
     "pw_bias": "pwise_b.{s}",
     "pw_bn": "blocks.{d}.bn2",
+    "pw_reduction": "reduction_w.{d}",
     "head": "head.fc",
 }
 
@@ -113,9 +129,13 @@ def _load(model: ConvMixer, checkpoint: _Checkpoint, names: dict[str, str]) -> C
     state["mixer.dw_weight"] = torch.cat(filters, 1).transpose(0, 1)
     state["mixer.dw_bias"] = torch.stack([checkpoint.take(f"{name}.bias", dim) for name in depthwise])
     for kind, shape in (("weight", (dim, dim, 1, 1)), ("bias", (dim,))):
-        keys = [names[f"pw_{kind}"].format(s=s) for s in range(mixer.sharing.num_shared)]
+        keys = [names[f"pw_{kind}"].format(s=s) for s in range(len(mixer.pw_weight))]
         state[f"mixer.pw_{kind}"] = torch.stack([checkpoint.take(key, *shape) for key in keys])
     state["mixer.pw_weight"] = state["mixer.pw_weight"].flatten(2)
+    if isinstance(mixer, FusedMixer) and mixer.pw_reduction is not None:
+        columns = mixer.pw_reduction.shape[1]
+        rows = [checkpoint.take(names["pw_reduction"].format(d=d), columns) for d in range(mixer.depth)]
+        state["mixer.pw_reduction"] = torch.stack(rows)
     for half in ("dw", "pw"):
         pairs = [checkpoint.batch_norm(names[f"{half}_bn"].format(d=d), dim) for d in range(mixer.depth)]
         state[f"mixer.{half}_affine"], state[f"mixer.{half}_running"] = map(torch.stack, zip(*pairs, strict=True))
@@ -143,8 +163,12 @@ def from_timm(model: nn.Module | Mapping[str, Tensor], *, activation: str | None
         ValueError: a key is missing, unexpected or of the wrong shape, or the model cannot be expressed.
         TypeError: ``model`` is neither a module nor a state dict.
     """
+    return _from_timm(model, activation, "from_timm")
+
+
+def _from_timm(model: nn.Module | Mapping[str, Tensor], activation: str | None, caller: str) -> ConvMixer:
     module = model if isinstance(model, nn.Module) else None
-    checkpoint = _Checkpoint(model if module is None else module.state_dict(), "from_timm")
+    checkpoint = _Checkpoint(model if module is None else module.state_dict(), caller)
     dim, in_channels, patch, _ = checkpoint.take("stem.0.weight", -1, -1, -1, -1).shape
     depth = max(checkpoint.indices("blocks"), default=0) + 1
     checkpoint.expect_count("blocks", depth, f"depth {depth}")
@@ -152,20 +176,20 @@ def from_timm(model: nn.Module | Mapping[str, Tensor], *, activation: str | None
     num_classes = checkpoint.take("head.weight", -1, dim).shape[0]
     if module is None:
         if activation is None:
-            raise ValueError("from_timm: expected activation= beside a state dict, which has no record of it, got None")
+            raise ValueError(f"{caller}: expected activation= beside a state dict, which has no record of it, got None")
         result = convmixer(dim, depth, kernel_size, patch, None, 0, in_channels, num_classes, activation)
         return _load(result, checkpoint, _TIMM)
 
     parts = dict(module.named_modules())
     blocks = range(depth)
     found = _timm_activation(
-        [parts.get("stem.1")] + [parts.get(f"blocks.{d}.{a}") for d in blocks for a in ("0.fn.1", "2")]
+        [parts.get("stem.1")] + [parts.get(f"blocks.{d}.{a}") for d in blocks for a in ("0.fn.1", "2")], caller
     )
     if activation not in (None, found):
-        raise ValueError(f"from_timm: expected activation {found!r}, as in the model, got {activation!r}")
+        raise ValueError(f"{caller}: expected activation {found!r}, as in the model, got {activation!r}")
     pool = getattr(parts.get("pooling"), "pool_type", "avg")
     if pool != "avg":
-        raise ValueError(f"from_timm: expected average pooling before the head, got {pool!r}")
+        raise ValueError(f"{caller}: expected average pooling before the head, got {pool!r}")
     conv = parts["stem.0"]
     result = convmixer(
         dim,
@@ -184,12 +208,12 @@ def from_timm(model: nn.Module | Mapping[str, Tensor], *, activation: str | None
         for name in ("eps", "momentum"):
             values = {getattr(norm, name) for norm in sources}
             if len(values) > 1:
-                raise ValueError(f"from_timm: expected one BatchNorm {name} in all blocks, got {sorted(values)}")
+                raise ValueError(f"{caller}: expected one BatchNorm {name} in all blocks, got {sorted(values)}")
             setattr(target, name, values.pop())
     return _load(result, checkpoint, _TIMM).train(module.training)
 
 
-def _timm_activation(modules: list[nn.Module | None]) -> str:
+def _timm_activation(modules: list[nn.Module | None], caller: str) -> str:
     names = {
         _ACTIVATION_CLASSES.get(type(module).__name__, type(module).__name__)
         + ("_tanh" if getattr(module, "approximate", None) == "tanh" else "")
@@ -197,10 +221,111 @@ def _timm_activation(modules: list[nn.Module | None]) -> str:
     }
     if len(names) > 1 or not names <= set(_ACTIVATION_CLASSES.values()):
         raise ValueError(
-            f"from_timm: expected one activation of {', '.join(sorted(_ACTIVATION_CLASSES))} in all layers, "
+            f"{caller}: expected one activation of {', '.join(sorted(_ACTIVATION_CLASSES))} in all layers, "
             f"got {', '.join(sorted(names))}"
         )
     return names.pop()
+
+
+def to_timm(model: ConvMixer) -> nn.Module:
+    """timm's ConvMixer with the weights of ``model``: every block gets a copy of its shared, composed or fused matrix.
+
+    Args:
+        model: a :class:`~spin_kernels.models.ConvMixer` without the second residual, whose patches touch.
+
+    Returns:
+        A ``timm.models.convmixer.ConvMixer`` on the same device, in the same dtype and mode; gains are multiplied into
+        its matrices.
+
+    Raises:
+        TypeError: ``model`` is no ConvMixer of this package.
+        ValueError: timm's ConvMixer cannot express it.
+        ImportError: timm is not installed.
+    """
+    if not isinstance(model, ConvMixer):
+        raise TypeError(f"to_timm: expected a ConvMixer of spin_kernels, got {type(model).__name__}")
+    mixer, conv = model.mixer, model.patch_embed.conv
+    if mixer.pw_residual:
+        raise ValueError(
+            "to_timm: expected a model with pw_residual=False, got True; timm's block has no residual around its "
+            "pointwise half"
+        )
+    if conv.stride != conv.kernel_size or any(conv.padding):
+        raise ValueError(
+            f"to_timm: expected patches that touch (stride {conv.kernel_size[0]}, no padding), got stride "
+            f"{conv.stride[0]} and padding {conv.padding[0]}"
+        )
+    try:
+        from timm.models.convmixer import ConvMixer as TimmConvMixer
+    except ImportError as error:
+        raise ImportError("to_timm: expected timm to be installed, got none; pip install timm") from error
+
+    result = TimmConvMixer(
+        mixer.dim,
+        mixer.depth,
+        kernel_size=mixer.kernel_size,
+        patch_size=conv.kernel_size[0],
+        in_chans=conv.in_channels,
+        num_classes=model.head.fc.out_features,
+        drop_rate=model.head.dropout.p,
+        act_layer=_ACTIVATION_LAYERS[mixer.activation],
+    )
+    norms = {"stem.2": model.patch_embed.bn}
+    norms |= {f"blocks.{d}.{name}": mixer for d in range(mixer.depth) for name in ("0.fn.2", "3")}
+    for name, source in norms.items():
+        norm = result.get_submodule(name)
+        norm.eps, norm.momentum = source.eps, source.momentum
+    result.to(conv.weight.device, conv.weight.dtype).load_state_dict(_timm_state(model))
+    return result.train(model.training)
+
+
+@torch.no_grad()
+def _timm_state(model: ConvMixer) -> dict[str, Tensor]:
+    """The state dict of the same network in timm: a matrix and a bias per block."""
+    mixer, arguments = model.mixer, model.mixer._op_arguments()
+    matrices = compose_matrices(arguments["pw_weight"], arguments["pw_coefficients"])[list(mixer.pw_index)]
+    if arguments["pw_gain"] is not None:
+        matrices = (arguments["pw_gain"][:, :, None] * matrices).to(matrices.dtype)
+    zeros = mixer.pw_weight.new_zeros(mixer.depth, mixer.dim)
+    pw_bias = zeros if arguments["pw_bias"] is None else arguments["pw_bias"][list(mixer.pw_index)]
+    dw_bias = zeros if mixer.dw_bias is None else mixer.dw_bias
+
+    state = {}
+    for ours, theirs in (("patch_embed.conv", "conv"), ("patch_embed.bn", "bn"), ("head.fc", "head")):
+        layer = model.get_submodule(ours).state_dict()
+        state |= {f"{_TIMM[theirs]}.{name}": tensor for name, tensor in layer.items()}
+    for d in range(mixer.depth):
+        state[_TIMM["dw"].format(d=d) + ".weight"] = mixer.dw_weight[d][:, None]
+        state[_TIMM["dw"].format(d=d) + ".bias"] = dw_bias[d]
+        state[_TIMM["pw_weight"].format(s=d)] = matrices[d][:, :, None, None]
+        state[_TIMM["pw_bias"].format(s=d)] = pw_bias[d]
+        for half in ("dw", "pw"):
+            affine, running = getattr(mixer, f"{half}_affine")[d], getattr(mixer, f"{half}_running")[d]
+            norm = dict(zip(("weight", "bias", "running_mean", "running_var"), (*affine, *running), strict=True))
+            norm["num_batches_tracked"] = mixer.num_batches_tracked
+            state |= {_TIMM[f"{half}_bn"].format(d=d) + f".{name}": tensor for name, tensor in norm.items()}
+    return state
+
+
+def accelerate(model: nn.Module) -> nn.Module:
+    """Swaps the blocks of a timm ConvMixer for one :class:`~spin_kernels.nn.SharedMixer`, in place.
+
+    Args:
+        model: a ``timm.models.convmixer.ConvMixer``, in any mode, dtype and on any device. Its stem, head and methods
+            stay as they are; parameters of the blocks are new ones, so make optimizers afterwards.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError, ValueError: it is no ConvMixer of timm, or one that :func:`from_timm` cannot express; nothing has
+            changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"accelerate: expected a ConvMixer of timm, got {type(model).__name__}")
+    mixer = _from_timm(model, None, "accelerate").mixer
+    model.blocks = nn.Sequential(mixer)
+    return model
 
 
 def from_ml_spin(
@@ -228,28 +353,34 @@ def from_ml_spin(
             :func:`~spin_kernels.models.convmixer`.
         rate: how many blocks share a pointwise weight; None or 1 shares nothing.
         mapping: of the shared weights to blocks, as in :class:`~spin_kernels.Sharing`.
-        reduction: must be None; checkpoints with weight fusion are not supported.
+        reduction: of a checkpoint with weight fusion, as in :func:`spin_kernels.fusion.prepare`: ``pwise_*`` are
+            then per layer, ``reduction_w.{d}`` (1,) or (C,) are there where it is weighted, and runs of ``rate``
+            layers are fused whatever the mapping, as in the published code. The result is the trainable model;
+            ``fusion.fold`` makes it a plain shared one.
 
     Raises:
-        ValueError: a key is missing, unexpected or of the wrong shape, or the checkpoint has weight fusion.
+        ValueError: a key is missing, unexpected or of the wrong shape, or the checkpoint has weight fusion that
+            ``reduction`` does not name.
         TypeError: ``state_dict`` is not a state dict of tensors.
     """
-    if reduction is not None:
-        raise ValueError(
-            f"from_ml_spin: expected reduction=None, got {reduction!r}: weight fusion is not available in this version"
-        )
     if isinstance(state_dict, Mapping) and isinstance(state_dict.get("model_state"), Mapping):
         state_dict = state_dict["model_state"]
     checkpoint = _Checkpoint(state_dict, "from_ml_spin")
-    if fused := checkpoint.indices("reduction_w"):
+    weighted = reduction in ("scalar_weighted_mean", "channel_weighted_mean")
+    if not weighted and (found := checkpoint.indices("reduction_w")):
         raise ValueError(
-            f"from_ml_spin: expected no key 'reduction_w.{min(fused)}', got a checkpoint with weight fusion, "
-            "which is not available in this version"
+            f"from_ml_spin: expected reduction= beside key 'reduction_w.{min(found)}', which belongs to a "
+            f"scalar_weighted_mean or channel_weighted_mean, got {reduction!r}"
         )
     sharing = Sharing(depth, 1 if rate is None else rate, mapping)
     checkpoint.expect_count("blocks", depth, f"depth {depth}")
+    matrices, why = sharing.num_shared, f"depth {depth} shared at rate {sharing.rate}"
+    if reduction is not None:
+        matrices, why = depth, f"depth {depth}, a weight per layer with reduction={reduction!r}"
     for prefix in ("pwise_w", "pwise_b"):
-        checkpoint.expect_count(prefix, sharing.num_shared, f"depth {depth} shared at rate {sharing.rate}")
+        checkpoint.expect_count(prefix, matrices, why)
+    if weighted:
+        checkpoint.expect_count("reduction_w", depth, why)
     in_channels = checkpoint.take("patch_embed.conv.weight", dim, -1, patch_size, patch_size).shape[1]
     model = convmixer(
         dim,
@@ -262,6 +393,8 @@ def from_ml_spin(
         num_classes,
         activation,
         pw_residual=True,
-        sharing=sharing,
+        sharing=sharing if reduction is None else None,
     )
+    if reduction is not None:
+        model = fusion.prepare(model, sharing, reduction, groups="consecutive")
     return _load(model, checkpoint, _ML_SPIN)

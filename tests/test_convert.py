@@ -205,7 +205,7 @@ def _with(key, value):
         ),
         (_with("head.fc.weight", torch.zeros(6, 8)), ValueError, r"\(5, 8\) at key 'head.fc.weight', got \(6, 8\)"),
         (_with("head.fc.bias", [0.0]), TypeError, "expected a tensor at key 'head.fc.bias', got list"),
-        (_with("reduction_w.1", torch.ones(1)), ValueError, "'reduction_w.1', .* weight fusion, which is not avail"),
+        (_with("reduction_w.1", torch.ones(1)), ValueError, "expected reduction= beside key 'reduction_w.1'"),
     ],
 )
 def test_malformed_checkpoints(damage, error, message):
@@ -215,9 +215,22 @@ def test_malformed_checkpoints(damage, error, message):
         convert.from_ml_spin(state, **CONFIG)
 
 
-def test_weight_fusion_is_refused():
-    with pytest.raises(ValueError, match="expected reduction=None, got 'mean': weight fusion is not available"):
+def test_checkpoints_with_weight_fusion():
+    assert convert.from_ml_spin(published(3), **CONFIG, reduction="mean").mixer.members() == [[0, 1], [2]]
+    with pytest.raises(ValueError, match=r"expected keys pwise_w.0 to pwise_w.2 \(depth 3, a weight per layer"):
         convert.from_ml_spin(published(), **CONFIG, reduction="mean")
+    with pytest.raises(ValueError, match=r"expected keys reduction_w.0 to reduction_w.2 .*, got none"):
+        convert.from_ml_spin(published(3), **CONFIG, reduction="scalar_weighted_mean")
+    weights = {f"reduction_w.{d}": torch.rand(1) for d in range(3)}
+    fused = convert.from_ml_spin(published(3) | weights, **CONFIG, reduction="scalar_weighted_mean")
+    assert torch.equal(fused.mixer.pw_reduction, torch.stack(list(weights.values())))
+    with pytest.raises(ValueError, match=r"expected shape \(8,\) at key 'reduction_w.0', got \(1,\)"):
+        convert.from_ml_spin(published(3) | weights, **CONFIG, reduction="channel_weighted_mean")
+    with pytest.raises(ValueError, match="reduction: expected one of choose_first"):
+        convert.from_ml_spin(published(3), **CONFIG, reduction="median")
+
+
+def test_arguments_of_published_checkpoints():
     with pytest.raises(ValueError, match="mapping: expected one of"):
         convert.from_ml_spin(published(), **CONFIG, mapping="spiral")
     with pytest.raises(TypeError, match="expected a state dict"):

@@ -28,7 +28,7 @@ def model_of(case, dtype):
         kind, _, key = name.partition(".")
         if kind in ("param", "buffer", "fused_pointwise") and not _is_before_fusion(key):
             key = f"pointwise.{key}" if kind == "fused_pointwise" else key
-            state[_timm_name(key) if timm else _spin_name(key)] = tensor
+            state[_timm_name(key) if timm else published_name(key)] = tensor
     activation = config["activation"].lower()
     if timm:
         return convert.from_timm(state, activation=activation)
@@ -61,7 +61,7 @@ def _timm_name(key: str) -> str:
     return {"patch_embed.conv": "stem.0", "patch_embed.bn": "stem.2", "head": "head"}[layer] + f".{tensor}"
 
 
-def _spin_name(key: str) -> str:
+def published_name(key: str) -> str:
     layer, _, tensor = key.rpartition(".")
     if layer.startswith("pointwise."):
         return f"pwise_{tensor[0]}.{layer.removeprefix('pointwise.')}"

@@ -197,7 +197,7 @@ class SharedMixer(Float32State, Freezable):
         arguments = self._op_arguments()
         if self._has_packed_form():
             return torch.ops.spin._pack_mixer(*arguments.values())
-        arguments["pw_weight"] = compose_matrices(self.pw_weight, self.pw_coefficients)
+        arguments["pw_weight"] = compose_matrices(arguments["pw_weight"], arguments["pw_coefficients"])
         arguments["pw_coefficients"] = None
         return {name: a.detach().clone() if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
