@@ -7,10 +7,10 @@ import golden
 import pytest
 import torch
 from golden import assert_close
-from test_golden import every_dtype, input_of, part_of, published_name
+from test_golden import every_dtype, from_published, input_of, part_of, published_name
 
 import spin_kernels as spin
-from spin_kernels import Sharing, convert, fusion
+from spin_kernels import Sharing, fusion
 from spin_kernels.nn import FusedMixer, SharedMixer
 from spin_kernels.nn.fused_mixer import REDUCTIONS
 
@@ -20,27 +20,14 @@ every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"
 
 def model_of(case, dtype):
     """The trainable model with a case's weights per layer, read under the published names."""
-    config, state = case["config"], {}
+    state = {}
     for name, tensor in golden.load(case).items():
         kind, _, key = name.partition(".")
         if kind in ("param", "buffer"):
             key = key.replace("pointwise_layer.", "pointwise.")
             layer = key.replace("fusion_weight_layer.", "reduction_w.")
             state[layer if layer != key else published_name(key)] = tensor.to(dtype)
-    return convert.from_ml_spin(
-        {"model_state": state},
-        dim=config["dim"],
-        depth=config["depth"],
-        kernel_size=config["kernel_size"],
-        patch_size=config["patch_kernel"],
-        patch_stride=config["patch_stride"],
-        patch_padding=config["patch_padding"],
-        num_classes=config["num_classes"],
-        activation=config["activation"].lower(),
-        rate=config["share_rate"],
-        mapping=config["mapping_kind"],
-        reduction=config["weight_fusion"],
-    )
+    return from_published(case, state, case["config"]["weight_fusion"])
 
 
 def test_every_published_reduction_is_here():

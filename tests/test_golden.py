@@ -29,9 +29,14 @@ def model_of(case, dtype):
         if kind in ("param", "buffer", "fused_pointwise") and not _is_before_fusion(key):
             key = f"pointwise.{key}" if kind == "fused_pointwise" else key
             state[_timm_name(key) if timm else published_name(key)] = tensor
-    activation = config["activation"].lower()
     if timm:
-        return convert.from_timm(state, activation=activation)
+        return convert.from_timm(state, activation=config["activation"].lower())
+    return from_published(case, state)
+
+
+def from_published(case, state, reduction=None):
+    """The model of a spin case from a state dict with the published names."""
+    config = case["config"]
     return convert.from_ml_spin(
         {"model_state": state},
         dim=config["dim"],
@@ -41,9 +46,10 @@ def model_of(case, dtype):
         patch_stride=config["patch_stride"],
         patch_padding=config["patch_padding"],
         num_classes=config["num_classes"],
-        activation=activation,
+        activation=config["activation"].lower(),
         rate=config["share_rate"],
         mapping=config["mapping_kind"],
+        reduction=reduction,
     )
 
 
