@@ -8,11 +8,14 @@ mkdir -p "$1" && out=$(cd "$1" && pwd) || exit 2
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 failed=()
+LIMIT=465  # seconds, with what the last step needs to end
 
 # step NAME SECONDS COMMAND...
 step() {
-  local name=$1 seconds=$2 start=$SECONDS status=0
+  local name=$1 seconds=$2 start=$SECONDS status=0 left=$((LIMIT - SECONDS))
   shift 2
+  [ "$left" -gt 0 ] || { echo "$name: no time left" | tee -a "$out/summary.txt"; failed+=("$name"); return; }
+  [ "$seconds" -le "$left" ] || seconds=$left
   timeout --kill-after=20 "$seconds" "$@" >"$out/$name.log" 2>&1 || status=$?
   echo "$name: exit $status after $((SECONDS - start)) s of at most $seconds (124: stopped)" | tee -a "$out/summary.txt"
   [ "$status" = 0 ] || failed+=("$name")

@@ -11,9 +11,9 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:  # the operators and layers need neither
-    sys.exit(f"spin: expected {error.name} to be installed, got none; pip install 'spin-kernels[cli]'")
+    sys.exit(f"spin: expected {error.name} to be installed, got none; pip install -e '.[cli]'")
 
-from .models import create, list_models
+from . import models
 from .summary import Summary, summarise
 
 app = typer.Typer(add_completion=False, help="Networks that share their weights.")
@@ -27,19 +27,19 @@ def root() -> None:  # keeps `info` a subcommand while it is the only one
 @app.command()
 def info(
     model: Annotated[str, typer.Argument(help="A registered name; 'list' prints them.")],
-    image_size: Annotated[int | None, typer.Option(help="Side of the image; 224, or the name's own.", min=1)] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the image; the published one.", min=1)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the sharing map into this PNG, PDF or SVG.")] = None,
 ) -> None:
     """Layers, who shares what, parameters, FLOPs and bytes of a network."""
-    names = list_models()
+    names = models.list_models()
     if model == "list":
         print("\n".join(names))
         return
     if model not in names:
         raise typer.BadParameter(f"expected one of {', '.join(names)}, got {model!r}", param_hint="MODEL")
-    side = image_size or (32 if model == "convmixer_256_8_k5_p2" else 224)
+    side = image_size or models.image_size(model)
     try:
-        summary = summarise(create(model), (side, side))
+        summary = summarise(models.create(model), (side, side))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--image-size") from None
     show(model, summary)

@@ -13,7 +13,6 @@ from . import fusion
 from .checkpoints import load
 from .models import ConvMixer, convmixer
 from .nn import FusedMixer
-from .reference import compose_matrices
 from .sharing import Sharing
 
 __all__ = ["accelerate", "from_ml_spin", "from_timm", "load", "to_timm"]
@@ -282,12 +281,13 @@ def to_timm(model: ConvMixer) -> nn.Module:
 @torch.no_grad()
 def _timm_state(model: ConvMixer) -> dict[str, Tensor]:
     """The state dict of the same network in timm: a matrix and a bias per block."""
-    mixer, arguments = model.mixer, model.mixer._op_arguments()
-    matrices = compose_matrices(arguments["pw_weight"], arguments["pw_coefficients"])[list(mixer.pw_index)]
-    if arguments["pw_gain"] is not None:
-        matrices = (arguments["pw_gain"][:, :, None] * matrices).to(matrices.dtype)
+    mixer, index = model.mixer, list(model.mixer.pw_index)
+    weights, biases = mixer.distinct_weights()
+    matrices = weights[index]
+    if mixer.pw_gain is not None:
+        matrices = (mixer.pw_gain[:, :, None] * matrices).to(matrices.dtype)
     zeros = mixer.pw_weight.new_zeros(mixer.depth, mixer.dim)
-    pw_bias = zeros if arguments["pw_bias"] is None else arguments["pw_bias"][list(mixer.pw_index)]
+    pw_bias = zeros if biases is None else biases[index]
     dw_bias = zeros if mixer.dw_bias is None else mixer.dw_bias
 
     state = {}

@@ -9,7 +9,6 @@ import torch
 
 from .models import ConvMixer
 from .nn import FusedMixer, SharedMixer
-from .reference import compose_matrices
 from .sharing import Sharing
 
 __all__ = ["fold", "prepare"]
@@ -40,9 +39,9 @@ def prepare(model: Model, sharing: Sharing, reduction: str = "mean", groups: str
     fused = FusedMixer(mixer.dim, mixer.depth, mixer.kernel_size, sharing, reduction, groups, **_settings(mixer))
     with torch.no_grad():
         index = list(mixer.pw_index)
-        weight = compose_matrices(mixer.pw_weight, mixer.pw_coefficients)[index]
-        bias = None if mixer.pw_bias is None else mixer.pw_bias[index]
-    return _replaced(model, mixer, fused, {"pw_weight": weight, "pw_bias": bias})
+        weight, bias = mixer.distinct_weights()
+        changed = {"pw_weight": weight[index], "pw_bias": None if bias is None else bias[index]}
+    return _replaced(model, mixer, fused, changed)
 
 
 def fold(model: Model) -> Model:
@@ -57,7 +56,7 @@ def fold(model: Model) -> Model:
         raise ValueError("fold: expected a model with weight fusion, as prepare() makes one, got one without")
     shared = SharedMixer(mixer.dim, mixer.depth, mixer.kernel_size, mixer.sharing, **_settings(mixer))
     with torch.no_grad():
-        weight, bias = mixer.fused()
+        weight, bias = mixer.distinct_weights()
     return _replaced(model, mixer, shared, {"pw_weight": weight, "pw_bias": bias})
 
 

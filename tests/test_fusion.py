@@ -7,7 +7,7 @@ import golden
 import pytest
 import torch
 from golden import assert_close
-from test_golden import every_dtype, from_published, input_of, part_of, published_name
+from test_golden import assert_running_statistics, every_dtype, from_published, input_of, part_of, published_name
 
 import spin_kernels as spin
 from spin_kernels import Sharing, fusion
@@ -39,7 +39,7 @@ def test_every_published_reduction_is_here():
 def test_inference(case, dtype):
     tensors, model, image = golden.load(case), model_of(case, dtype).eval(), input_of(case, dtype)
     with torch.no_grad():
-        weight, bias = model.mixer.fused()
+        weight, bias = model.mixer.distinct_weights()
         for s in range(len(weight)):
             assert_close(weight[s, :, :, None, None], tensors[f"fused_pointwise.{s}.weight"], case, "outputs", "weight")
             assert_close(bias[s], tensors[f"fused_pointwise.{s}.bias"], case, "outputs", "bias")
@@ -56,6 +56,7 @@ def test_training(case, dtype):
     image.requires_grad_()
     output = model(image)
     assert_close(output, tensors["train.output"], case, "outputs", "output")
+    assert assert_running_statistics(model, case) == 2 + 4 * case["config"]["depth"]
     (output * tensors["loss_weight"].to(dtype)).sum().backward()
     compared = set()
     for name, expected in tensors.items():
@@ -92,7 +93,7 @@ def test_what_is_fused(groups, reduction):
         layers = layers * fused.mixer.pw_reduction[:, :, None]
     for s, group in enumerate(members[groups]):
         group = group[:1] if reduction == "choose_first" else group
-        weight, bias = fused.mixer.fused()
+        weight, bias = fused.mixer.distinct_weights()
         torch.testing.assert_close(weight[s], layers[group].mean(0))
         torch.testing.assert_close(bias[s], model.mixer.pw_bias[group].mean(0))
 
@@ -132,7 +133,7 @@ def test_is_a_module_like_any_other(tmp_path):
     torch.testing.assert_close(torch.compile(fused, fullgraph=True)(image), expected)
     half = fused.to(torch.bfloat16)
     assert half.mixer.pw_reduction.dtype == torch.float32
-    assert half.mixer.fused()[0].dtype == torch.bfloat16
+    assert half.mixer.distinct_weights()[0].dtype == torch.bfloat16
     half.freeze()
     half.mixer.load_state_dict(half.mixer.state_dict())
     assert not half.is_frozen

@@ -96,3 +96,11 @@ def test_module_runs():
     command = [sys.executable, "-m", "spin_kernels", "info", "list"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.split() == models.list_models()
+
+
+def test_published_image_sizes():
+    sizes = {name: models.image_size(name) for name in models.list_models()}
+    assert {name for name, size in sizes.items() if size != 224} == {"convmixer_256_8_k5_p2"}
+    assert sizes["convmixer_256_8_k5_p2"] == 32
+    with pytest.raises(ValueError, match="name: expected one of"):
+        models.image_size("resnet18")

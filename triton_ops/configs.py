@@ -21,7 +21,6 @@ LARGEST_PLANE = 256  # tokens of an image that the fused kernel holds in one til
 class Device:
     """What the choices depend on; bytes per block and of L2, and how many blocks run at once."""
 
-    arch: str
     shared_bytes: int
     l2_bytes: int
     processors: int
@@ -31,16 +30,15 @@ class Device:
         if device.type != "cuda":
             return DEVICES["sm_90"]  # the interpreter takes what an H100 would
         p = torch.cuda.get_device_properties(device)
-        arch = p.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{p.major}{p.minor}"
-        return Device(arch, p.shared_memory_per_block_optin, p.L2_cache_size, p.multi_processor_count)
+        return Device(p.shared_memory_per_block_optin, p.L2_cache_size, p.multi_processor_count)
 
 
 # NVIDIA's and AMD's data sheets: A100, H100 SXM, B200, MI300X.
 DEVICES = {
-    "sm_80": Device("sm_80", 166_912, 40 << 20, 108),
-    "sm_90": Device("sm_90", 232_448, 50 << 20, 132),
-    "sm_100": Device("sm_100", 232_448, 126 << 20, 148),
-    "gfx942": Device("gfx942", 65_536, 4 << 20, 304),
+    "sm_80": Device(166_912, 40 << 20, 108),
+    "sm_90": Device(232_448, 50 << 20, 132),
+    "sm_100": Device(232_448, 126 << 20, 148),
+    "gfx942": Device(65_536, 4 << 20, 304),
 }
 
 
@@ -113,10 +111,11 @@ def images_per_chunk(batch: int, plane: int, channels: int, item: int, device: D
         return batch
 
     def idle(images: int) -> float:
-        tiles = fused_tiles(images, plane, channels, item, device)
-        tiles = tiles or product_tiles(images * plane, channels, item, device)
-        # A tile of the fused kernel holds one image, however few tokens that has.
-        rows = images if tiles.group_m == 1 else -(-images * plane // tiles.block_m)
+        if tiles := fused_tiles(images, plane, channels, item, device):
+            rows = images  # one in a tile, however few tokens it has
+        else:
+            tiles = product_tiles(images * plane, channels, item, device)
+            rows = -(-images * plane // tiles.block_m)
         waves = rows * -(-channels // tiles.block_n) / device.processors
         return round(math.ceil(waves) / waves, 2)
 

@@ -36,19 +36,17 @@ def make_step(name: str, job: Job) -> tuple[Callable[[], Tensor], dict[str, floa
     and backward (without parameters and their casts), and by which a step's peak of memory (resident; on a GPU
     allocated) is above what the process had with its model and nothing else."""
     x, graphs = job.x, "graphs" in name
-    channels_last = name.endswith("channels_last")
     if name in OURS:
         from spinbench.ours import make_ours
 
         model = make_ours(job.case.network, job.plain, checkpoint=name == "spin checkpoint").to(x.device)
-        channels_last = x.is_cuda  # see providers.spin
+        layout = torch.channels_last if x.is_cuda else torch.contiguous_format  # see providers.spin
     else:
-        model = job.plain.to(x.device)
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    model, x = model.to(memory_format=layout).train(), x.to(memory_format=layout)
-    call = model
-    if modes := {"compile": "default", "autotune": "max-autotune"}.get(name.split()[0]):
-        call = torch.compile(model, dynamic=False, mode=modes)
+        layout = torch.channels_last if name.endswith("channels_last") else torch.contiguous_format
+        model = job.plain.to(x.device).to(memory_format=layout)
+    model, x = model.train(), x.to(memory_format=layout)
+    mode = {"compile": "default", "autotune": "max-autotune"}.get(name.split()[0])
+    call = model if mode is None else torch.compile(model, dynamic=False, mode=mode)
 
     def forward() -> Tensor:
         # Casts kept from outside a graph would be stale in it.

@@ -25,11 +25,22 @@ _MODELS: dict[str, dict[str, Any]] = {
         for rate in (1, 2, 4, 8)
     },
 }
+_IMAGE_SIZES = {"convmixer_256_8_k5_p2": 32}
 
 
 def list_models() -> list[str]:
     """The names that :func:`create` knows, sorted."""
     return sorted(_MODELS)
+
+
+def image_size(name: str) -> int:
+    """The side of the images that a network was published for: ImageNet's 224, or CIFAR's 32.
+
+    Raises:
+        ValueError: there is no network of this name.
+    """
+    _check(name)
+    return _IMAGE_SIZES.get(name, 224)
 
 
 def create(name: str, **overrides: Any) -> ConvMixer:
@@ -46,6 +57,10 @@ def create(name: str, **overrides: Any) -> ConvMixer:
     Raises:
         ValueError: there is no network of this name.
     """
+    _check(name)
+    return convmixer(**{**_MODELS[name], **overrides})
+
+
+def _check(name: str) -> None:
     if name not in _MODELS:
         raise ValueError(f"name: expected one of {', '.join(list_models())}, got {name!r}")
-    return convmixer(**{**_MODELS[name], **overrides})

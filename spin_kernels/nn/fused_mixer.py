@@ -71,8 +71,8 @@ class FusedMixer(SharedMixer):
         like = self.pw_affine
         self.pw_reduction = None if columns is None else nn.Parameter(like.new_ones(depth, columns))
 
-    def fused(self) -> tuple[Tensor, Tensor | None]:
-        """The distinct weights (S, C, C) and biases (S, C) as calls use them now; gradients flow through."""
+    def distinct_weights(self) -> tuple[Tensor, Tensor | None]:
+        """The pointwise weights (S, C, C) and biases (S, C) as they are fused now, with gradients."""
         weights, biases = list(self.pw_weight), None if self.pw_bias is None else list(self.pw_bias)
         if self.pw_reduction is not None:
             factors = self.pw_reduction.to(self.pw_weight.dtype)
@@ -91,7 +91,7 @@ class FusedMixer(SharedMixer):
         return [[d for d, s in enumerate(self.pw_index) if s == shared] for shared in range(self.sharing.num_shared)]
 
     def _op_arguments(self) -> dict[str, Any]:
-        weight, bias = self.fused()
+        weight, bias = self.distinct_weights()
         return super()._op_arguments() | {"pw_weight": weight, "pw_bias": bias}
 
     def _float32_state(self) -> Any:

@@ -144,6 +144,10 @@ class SharedMixer(Float32State, Freezable):
             return torch.ops.spin._checkpointed_mixer_block(x, **self._op_arguments())[0]
         return torch.ops.spin.shared_mixer_block(x, **self._op_arguments())
 
+    def distinct_weights(self) -> tuple[Tensor, Tensor | None]:
+        """The pointwise weights (S, C, C), composed where there are templates, and biases (S, C), with gradients."""
+        return compose_matrices(self.pw_weight, self.pw_coefficients), self.pw_bias
+
     def _op_arguments(self) -> dict[str, Any]:
         """The operator's arguments in the order of spin::_pack_mixer; in eval mode BatchNorm is folded in."""
         arguments = {
@@ -197,7 +201,7 @@ class SharedMixer(Float32State, Freezable):
         arguments = self._op_arguments()
         if self._has_packed_form():
             return torch.ops.spin._pack_mixer(*arguments.values())
-        arguments["pw_weight"] = compose_matrices(arguments["pw_weight"], arguments["pw_coefficients"])
+        arguments["pw_weight"], arguments["pw_bias"] = self.distinct_weights()
         arguments["pw_coefficients"] = None
         return {name: a.detach().clone() if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
