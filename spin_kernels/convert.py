@@ -34,24 +34,40 @@ _ACTIVATION_LAYERS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
 }
 
-# The names of layers: {d} is a block, {s} a distinct pointwise matrix.
+# The names of layers: {d} is a block or a distinct pointwise matrix, {n} = d + 3.
 _TIMM = {
     "conv": "stem.0",
     "bn": "stem.2",
+    "act": "stem.1",
     "dw": "blocks.{d}.0.fn.0",
+    "dw_act": "blocks.{d}.0.fn.1",
     "dw_bn": "blocks.{d}.0.fn.2",
-    "pw_weight": "blocks.{s}.1.weight",
-    "pw_bias": "blocks.{s}.1.bias",
+    "pw_weight": "blocks.{d}.1.weight",
+    "pw_bias": "blocks.{d}.1.bias",
+    "pw_act": "blocks.{d}.2",
     "pw_bn": "blocks.{d}.3",
     "head": "head",
+}
+# The authors' nn.Sequential: stem, blocks, average pooling, Flatten, head (the last layer, so its name is not here).
+_SEQUENTIAL = {
+    "conv": "0",
+    "act": "1",
+    "bn": "2",
+    "dw": "{n}.0.fn.0",
+    "dw_act": "{n}.0.fn.1",
+    "dw_bn": "{n}.0.fn.2",
+    "pw_weight": "{n}.1.weight",
+    "pw_bias": "{n}.1.bias",
+    "pw_act": "{n}.2",
+    "pw_bn": "{n}.3",
 }
 _ML_SPIN = {
     "conv": "patch_embed.conv",
     "bn": "patch_embed.bn",
     "dw": "blocks.{d}.dwise_blk.0",
     "dw_bn": "blocks.{d}.dwise_blk.2",
-    "pw_weight": "pwise_w.{s}",
-    "pw_bias": "pwise_b.{s}",
+    "pw_weight": "pwise_w.{d}",
+    "pw_bias": "pwise_b.{d}",
     "pw_bn": "blocks.{d}.bn2",
     "pw_reduction": "reduction_w.{d}",
     "head": "head.fc",
@@ -64,6 +80,8 @@ class _Checkpoint:
     def __init__(self, state: Any, source: str) -> None:
         if not isinstance(state, Mapping):
             raise TypeError(f"{source}: expected a state dict, got {type(state).__name__}")
+        if any(not isinstance(key, str) for key in state):
+            raise TypeError(f"{source}: expected a state dict with names for keys, got other keys")
         self.state, self.source = dict(state), source
         self.unread = set(self.state)
 
@@ -107,6 +125,10 @@ class _Checkpoint:
             )
 
 
+def _name(names: dict[str, str], part: str, d: int) -> str:
+    return names[part].format(d=d, n=d + 3)
+
+
 def _load(model: ConvMixer, checkpoint: _Checkpoint, names: dict[str, str]) -> ConvMixer:
     """Fills the model from a checkpoint whose layers are called ``names``."""
     mixer, conv = model.mixer, model.patch_embed.conv
@@ -123,23 +145,23 @@ def _load(model: ConvMixer, checkpoint: _Checkpoint, names: dict[str, str]) -> C
     norm = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": var}
     state |= {f"patch_embed.bn.{name}": tensor for name, tensor in norm.items()}
 
-    depthwise = [names["dw"].format(d=d) for d in range(mixer.depth)]
+    depthwise = [_name(names, "dw", d) for d in range(mixer.depth)]
     filters = [checkpoint.take(f"{name}.weight", dim, 1, k, k) for name in depthwise]
     state["mixer.dw_weight"] = torch.cat(filters, 1).transpose(0, 1)
     state["mixer.dw_bias"] = torch.stack([checkpoint.take(f"{name}.bias", dim) for name in depthwise])
     for kind, shape in (("weight", (dim, dim, 1, 1)), ("bias", (dim,))):
-        keys = [names[f"pw_{kind}"].format(s=s) for s in range(len(mixer.pw_weight))]
+        keys = [_name(names, f"pw_{kind}", s) for s in range(len(mixer.pw_weight))]
         state[f"mixer.pw_{kind}"] = torch.stack([checkpoint.take(key, *shape) for key in keys])
     state["mixer.pw_weight"] = state["mixer.pw_weight"].flatten(2)
     if isinstance(mixer, FusedMixer) and mixer.pw_reduction is not None:
         columns = mixer.pw_reduction.shape[1]
-        rows = [checkpoint.take(names["pw_reduction"].format(d=d), columns) for d in range(mixer.depth)]
+        rows = [checkpoint.take(_name(names, "pw_reduction", d), columns) for d in range(mixer.depth)]
         state["mixer.pw_reduction"] = torch.stack(rows)
     for half in ("dw", "pw"):
-        pairs = [checkpoint.batch_norm(names[f"{half}_bn"].format(d=d), dim) for d in range(mixer.depth)]
+        pairs = [checkpoint.batch_norm(_name(names, f"{half}_bn", d), dim) for d in range(mixer.depth)]
         state[f"mixer.{half}_affine"], state[f"mixer.{half}_running"] = map(torch.stack, zip(*pairs, strict=True))
 
-    for target, norm in (("patch_embed.bn", names["bn"]), ("mixer", names["pw_bn"].format(d=0))):
+    for target, norm in (("patch_embed.bn", names["bn"]), ("mixer", _name(names, "pw_bn", 0))):
         batches = checkpoint.state.get(f"{norm}.num_batches_tracked", 0)
         state[f"{target}.num_batches_tracked"] = torch.as_tensor(batches)
     checkpoint.finish()
@@ -149,12 +171,12 @@ def _load(model: ConvMixer, checkpoint: _Checkpoint, names: dict[str, str]) -> C
 
 
 def from_timm(model: nn.Module | Mapping[str, Tensor], *, activation: str | None = None) -> ConvMixer:
-    """The :class:`~spin_kernels.models.ConvMixer` with the weights of timm's ConvMixer.
+    """The :class:`~spin_kernels.models.ConvMixer` with the weights of timm's ConvMixer, or of its authors'.
 
     Args:
-        model: a ``timm.models.convmixer.ConvMixer``, whose activation, stride, BatchNorm settings, dropout
-            rate and mode are taken over; or its state dict, which tells neither the activation nor the stride
-            (patch_size).
+        model: a ``timm.models.convmixer.ConvMixer`` or the ``nn.Sequential`` of arXiv 2201.09792 (figure 3), whose
+            activation, stride, BatchNorm settings, dropout rate and mode are taken over; or the state dict of
+            either, which tells neither the activation nor the stride (patch_size).
         activation: of a state dict, ``"gelu"`` or another name that :func:`~spin_kernels.models.convmixer`
             knows.
 
@@ -168,28 +190,30 @@ def from_timm(model: nn.Module | Mapping[str, Tensor], *, activation: str | None
 def _from_timm(model: nn.Module | Mapping[str, Tensor], activation: str | None, caller: str) -> ConvMixer:
     module = model if isinstance(model, nn.Module) else None
     checkpoint = _Checkpoint(model if module is None else module.state_dict(), caller)
-    dim, in_channels, patch, _ = checkpoint.take("stem.0.weight", -1, -1, -1, -1).shape
+    names = _TIMM
     depth = max(checkpoint.indices("blocks"), default=0) + 1
-    checkpoint.expect_count("blocks", depth, f"depth {depth}")
-    kernel_size = checkpoint.take("blocks.0.0.fn.0.weight", dim, 1, -1, -1).shape[2]
-    num_classes = checkpoint.take("head.weight", -1, dim).shape[0]
+    if "0.weight" in checkpoint.state:
+        head = max(int(key.split(".")[0]) for key in checkpoint.state if key.split(".")[0].isdecimal())
+        names, depth = _SEQUENTIAL | {"head": str(head)}, max(head - 5, 1)
+    dim, in_channels, patch, _ = checkpoint.take(f"{names['conv']}.weight", -1, -1, -1, -1).shape
+    if names is _TIMM:
+        checkpoint.expect_count("blocks", depth, f"depth {depth}")
+    kernel_size = checkpoint.take(_name(names, "dw", 0) + ".weight", dim, 1, -1, -1).shape[2]
+    num_classes = checkpoint.take(f"{names['head']}.weight", -1, dim).shape[0]
     if module is None:
         if activation is None:
             raise ValueError(f"{caller}: expected activation= beside a state dict, which has no record of it, got None")
         result = convmixer(dim, depth, kernel_size, patch, None, 0, in_channels, num_classes, activation)
-        return _load(result, checkpoint, _TIMM)
+        return _load(result, checkpoint, names)
 
     parts = dict(module.named_modules())
-    blocks = range(depth)
-    found = _timm_activation(
-        [parts.get("stem.1")] + [parts.get(f"blocks.{d}.{a}") for d in blocks for a in ("0.fn.1", "2")], caller
-    )
+    found = _timm_activation([parts.get(names["act"]), *_parts_of_blocks(parts, names, "act", depth)], caller)
     if activation not in (None, found):
         raise ValueError(f"{caller}: expected activation {found!r}, as in the model, got {activation!r}")
     pool = getattr(parts.get("pooling"), "pool_type", "avg")
     if pool != "avg":
         raise ValueError(f"{caller}: expected average pooling before the head, got {pool!r}")
-    conv = parts["stem.0"]
+    conv = parts[names["conv"]]
     result = convmixer(
         dim,
         depth,
@@ -202,14 +226,18 @@ def _from_timm(model: nn.Module | Mapping[str, Tensor], activation: str | None, 
         found,
         drop_rate=getattr(parts.get("head_drop"), "p", 0.0),
     )
-    norms = [parts[f"blocks.{d}.{b}"] for d in blocks for b in ("0.fn.2", "3")]
-    for target, sources in ((result.patch_embed.bn, [parts["stem.2"]]), (result.mixer, norms)):
+    norms = _parts_of_blocks(parts, names, "bn", depth)
+    for target, sources in ((result.patch_embed.bn, [parts[names["bn"]]]), (result.mixer, norms)):
         for name in ("eps", "momentum"):
             values = {getattr(norm, name) for norm in sources}
             if len(values) > 1:
                 raise ValueError(f"{caller}: expected one BatchNorm {name} in all blocks, got {sorted(values)}")
             setattr(target, name, values.pop())
-    return _load(result, checkpoint, _TIMM).train(module.training)
+    return _load(result, checkpoint, names).train(module.training)
+
+
+def _parts_of_blocks(parts: dict[str, nn.Module], names: dict[str, str], part: str, depth: int) -> list[nn.Module]:
+    return [parts.get(_name(names, f"{half}_{part}", d)) for d in range(depth) for half in ("dw", "pw")]
 
 
 def _timm_activation(modules: list[nn.Module | None], caller: str) -> str:
@@ -286,24 +314,25 @@ def _timm_state(model: ConvMixer) -> dict[str, Tensor]:
     matrices = weights[index]
     if mixer.pw_gain is not None:
         matrices = (mixer.pw_gain[:, :, None] * matrices).to(matrices.dtype)
-    zeros = mixer.pw_weight.new_zeros(mixer.depth, mixer.dim)
+    filters, filter_index = mixer.dw_weight, list(mixer.dw_index)
+    zeros = filters.new_zeros(mixer.depth, mixer.dim)
     pw_bias = zeros if biases is None else biases[index]
-    dw_bias = zeros if mixer.dw_bias is None else mixer.dw_bias
+    dw_bias = zeros if mixer.dw_bias is None else mixer.dw_bias[filter_index]
 
     state = {}
     for ours, theirs in (("patch_embed.conv", "conv"), ("patch_embed.bn", "bn"), ("head.fc", "head")):
         layer = model.get_submodule(ours).state_dict()
         state |= {f"{_TIMM[theirs]}.{name}": tensor for name, tensor in layer.items()}
     for d in range(mixer.depth):
-        state[_TIMM["dw"].format(d=d) + ".weight"] = mixer.dw_weight[d][:, None]
-        state[_TIMM["dw"].format(d=d) + ".bias"] = dw_bias[d]
-        state[_TIMM["pw_weight"].format(s=d)] = matrices[d][:, :, None, None]
-        state[_TIMM["pw_bias"].format(s=d)] = pw_bias[d]
+        state[_name(_TIMM, "dw", d) + ".weight"] = filters[filter_index[d]][:, None]
+        state[_name(_TIMM, "dw", d) + ".bias"] = dw_bias[d]
+        state[_name(_TIMM, "pw_weight", d)] = matrices[d][:, :, None, None]
+        state[_name(_TIMM, "pw_bias", d)] = pw_bias[d]
         for half in ("dw", "pw"):
             affine, running = getattr(mixer, f"{half}_affine")[d], getattr(mixer, f"{half}_running")[d]
             norm = dict(zip(("weight", "bias", "running_mean", "running_var"), (*affine, *running), strict=True))
             norm["num_batches_tracked"] = mixer.num_batches_tracked
-            state |= {_TIMM[f"{half}_bn"].format(d=d) + f".{name}": tensor for name, tensor in norm.items()}
+            state |= {f"{_name(_TIMM, f'{half}_bn', d)}.{name}": tensor for name, tensor in norm.items()}
     return state
 
 
@@ -323,6 +352,8 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: expected a ConvMixer of timm, got {type(model).__name__}")
+    if isinstance(model, nn.Sequential):
+        raise TypeError("accelerate: expected a ConvMixer of timm, got Sequential; convert.from_timm reads that")
     mixer = _from_timm(model, None, "accelerate").mixer
     model.blocks = nn.Sequential(mixer)
     return model
@@ -342,6 +373,9 @@ def from_ml_spin(
     rate: int | None = None,
     mapping: str = "sequential",
     reduction: str | None = None,
+    distribution: str = "uniform",
+    shared_depth: int | None = None,
+    seed: int = 0,
 ) -> ConvMixer:
     """The :class:`~spin_kernels.models.ConvMixer` with the weights of SPIN's WS-ConvMixer (arXiv 2207.10237).
 
@@ -352,7 +386,8 @@ def from_ml_spin(
         dim, depth, kernel_size, patch_size, num_classes, activation, patch_stride, patch_padding: as in
             :func:`~spin_kernels.models.convmixer`.
         rate: how many blocks share a pointwise weight; None or 1 shares nothing.
-        mapping: of the shared weights to blocks, as in :class:`~spin_kernels.Sharing`.
+        mapping, distribution, shared_depth, seed: of the plan, as in :class:`~spin_kernels.Sharing`; the published
+            files have a uniform one.
         reduction: of a checkpoint with weight fusion, as in :func:`spin_kernels.fusion.prepare`: ``pwise_*`` are
             then per layer, ``reduction_w.{d}`` (1,) or (C,) are there where it is weighted, and runs of ``rate``
             layers are fused whatever the mapping, as in the published code. The result is the trainable model;
@@ -372,7 +407,7 @@ def from_ml_spin(
             f"from_ml_spin: expected reduction= beside key 'reduction_w.{min(found)}', which belongs to a "
             f"scalar_weighted_mean or channel_weighted_mean, got {reduction!r}"
         )
-    sharing = Sharing(depth, 1 if rate is None else rate, mapping)
+    sharing = Sharing(depth, 1 if rate is None else rate, mapping, distribution, shared_depth, seed)
     checkpoint.expect_count("blocks", depth, f"depth {depth}")
     matrices, why = sharing.num_shared, f"depth {depth} shared at rate {sharing.rate}"
     if reduction is not None:

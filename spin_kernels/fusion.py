@@ -76,6 +76,7 @@ def _settings(mixer: SharedMixer) -> dict:
         "eps": mixer.eps,
         "momentum": mixer.momentum,
         "checkpoint": mixer.checkpoint,
+        "dw_sharing": mixer.dw_sharing,
         "device": mixer.pw_weight.device,
         "dtype": mixer.pw_weight.dtype,
     }

@@ -86,3 +86,18 @@ class Sharing:
     def num_shared(self) -> int:
         """The number of distinct weights."""
         return max(self.index) + 1
+
+
+def check_plan(name: str, plan: Sharing | None, depth: int) -> Sharing:
+    """The plan, or for None the one that shares nothing.
+
+    Raises:
+        TypeError, ValueError: argument ``name`` is no plan for ``depth`` blocks.
+    """
+    if plan is None:
+        return Sharing(depth, 1)
+    if not isinstance(plan, Sharing):
+        raise TypeError(f"{name}: expected a Sharing, got {type(plan).__name__}")
+    if plan.depth != depth:
+        raise ValueError(f"{name}: expected a plan for {depth} blocks, got one for {plan.depth}")
+    return plan

@@ -74,22 +74,25 @@ def summarise(model: ConvMixer, image_size: tuple[int, int] = (224, 224)) -> Sum
     tokens, c = grid[0] * grid[1], mixer.dim
     layers = [Layer("stem", tuple(conv.weight.shape), _count(model.patch_embed), 2 * conv.weight.numel() * tokens)]
     pointwise = [t for t in (mixer.pw_weight, mixer.pw_bias) if t is not None]
-    depthwise = [t for t in (mixer.dw_weight, mixer.dw_bias, mixer.dw_affine) if t is not None]
+    depthwise = [t for t in (mixer.dw_weight, mixer.dw_bias) if t is not None]
     stored = pointwise[1:] if mixer.templates else pointwise
     seen: set[int] = set()
-    for d, s in enumerate(mixer.pw_index):
+    seen_filters: set[int] = set()
+    for d, (f, s) in enumerate(zip(mixer.dw_index, mixer.pw_index, strict=True)):
         own = d if isinstance(mixer, FusedMixer) else s  # whose weight is stored
         parameters = mixer.pw_affine[d].numel() + (0 if own in seen else sum(t[own].numel() for t in stored))
         seen.add(own)
         k = mixer.kernel_size
-        filters = sum(t[d].numel() for t in depthwise)
+        filters = mixer.dw_affine[d].numel() + (0 if f in seen_filters else sum(t[f].numel() for t in depthwise))
+        seen_filters.add(f)
         layers.append(Layer(f"block {d} depthwise", (c, 1, k, k), filters, 2 * k * k * c * tokens))
         layers.append(Layer(f"block {d} pointwise", (c, c), parameters, 2 * c * c * tokens, s))
     layers.append(Layer("head", tuple(fc.weight.shape), _count(model.head), 2 * fc.weight.numel()))
     tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    extra = (*pointwise, mixer.pw_coefficients, getattr(mixer, "pw_reduction", None))
+    extra = (*depthwise, *pointwise, mixer.pw_coefficients, getattr(mixer, "pw_reduction", None))
     unshared = _count(model) - sum(t.numel() for t in extra if t is not None)
-    unshared += mixer.depth * (c * c + (0 if mixer.pw_bias is None else c))
+    k = mixer.kernel_size
+    unshared += mixer.depth * (c * c + k * k * c + sum(c for t in (mixer.pw_bias, mixer.dw_bias) if t is not None))
     return Summary(
         (image_size[0], image_size[1]),
         (grid[0], grid[1]),

@@ -108,6 +108,49 @@ def test_from_timm_state_dict():
         convert.from_timm(timm.state_dict())
 
 
+def of_the_authors(act=nn.GELU) -> nn.Sequential:
+    """The nn.Sequential of figure 3 of the paper, with the weights of a model with timm's names."""
+    like = trained(act=act)
+    pool = (nn.AdaptiveAvgPool2d((1, 1)), nn.Flatten(), like.head)
+    return nn.Sequential(*like.stem, *like.blocks, *pool)
+
+
+def test_from_the_authors_sequential():
+    model, x = of_the_authors(nn.ReLU), torch.randn(2, 3, 12, 10)
+    from_module = convert.from_timm(model)
+    assert from_module.training
+    model.eval(), from_module.eval()
+    from_state = convert.from_timm(model.state_dict(), activation="relu").eval()
+    for ours in (from_module, from_state):
+        assert ours.mixer.depth == DEPTH
+        torch.testing.assert_close(ours(x), model(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError, match="accelerate: expected a ConvMixer of timm, got Sequential"):
+        convert.accelerate(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("4.0.fn.2.weight", r"expected key '4.0.fn.2.weight' with shape"),
+        ("3.0.fn.0.weight", r"expected key '3.0.fn.0.weight' with shape"),
+        ("0.bias", "expected key '0.bias'"),
+        (f"{DEPTH + 5}.bias", rf"expected key '{DEPTH + 5}.bias'"),
+    ],
+)
+def test_errors_name_the_authors_keys(key, message):
+    state = of_the_authors().state_dict()
+    del state[key]
+    with pytest.raises(ValueError, match="from_timm: " + message):
+        convert.from_timm(state, activation="gelu")
+
+
+def test_a_checkpoint_that_is_no_convmixer():
+    with pytest.raises(ValueError, match=r"from_timm: expected"):
+        convert.from_timm(nn.Sequential(nn.Conv2d(3, 8, 2), nn.Linear(8, 3)))
+    with pytest.raises(TypeError, match="from_timm: expected a state dict with names for keys"):
+        convert.from_timm({0: torch.zeros(1)}, activation="gelu")
+
+
 def test_from_timm_refuses_what_cannot_be_expressed():
     with pytest.raises(ValueError, match=r"expected average pooling .* got 'max'"):
         convert.from_timm(trained(pool_type="max"))
@@ -174,6 +217,10 @@ def test_from_ml_spin():
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), wrapped.state_dict().values(), strict=True)
     )
     assert convert.from_ml_spin(state, **CONFIG, mapping="strided").mixer.sharing.index == [0, 1, 0]
+    plan = {"distribution": "front", "shared_depth": 2}
+    assert convert.from_ml_spin(state, **CONFIG, **plan).mixer.sharing.index == [0, 0, 1]
+    with pytest.raises(ValueError, match=r"expected keys pwise_w.0 to pwise_w.2 .*, got 0, 1"):
+        convert.from_ml_spin(state, **CONFIG, distribution="back", shared_depth=1)
     unshared = convert.from_ml_spin(published(3), **{**CONFIG, "rate": None})
     assert unshared.mixer.sharing.index == [0, 1, 2]
     padded = convert.from_ml_spin(state, **CONFIG, patch_stride=1, patch_padding=1)

@@ -112,7 +112,9 @@ def test_starts_as_the_mean_and_leaves_the_model_alone():
     assert sum(p.numel() for p in folded.parameters()) == sum(p.numel() for p in model.parameters()) - 2 * 12 * 13
 
 
-@pytest.mark.parametrize("changes", [{"templates": 2}, {"sharing": Sharing(5, 5)}, {"transform": "channel"}])
+@pytest.mark.parametrize(
+    "changes", [{"templates": 2}, {"sharing": Sharing(5, 5)}, {"transform": "channel"}, {"dw_sharing": Sharing(5, 2)}]
+)
 def test_prepares_models_that_share_already(changes):
     torch.manual_seed(0)
     model = spin.models.convmixer(12, 5, 3, 4, num_classes=7, **changes).eval()

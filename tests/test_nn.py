@@ -20,6 +20,8 @@ VARIANTS = {
     "templates": {"sharing": Sharing(4, 2), "templates": 3, "activation": "silu"},
     "scalar": {"sharing": Sharing(4, 4), "transform": "scalar", "bias": False},
     "channel": {"sharing": Sharing(4, 2), "transform": "channel", "templates": 1, "activation": "gelu_tanh"},
+    "filters": {"sharing": Sharing(4, 2), "dw_sharing": Sharing(4, 2, distribution="back", shared_depth=3)},
+    "gains": {"transform": "channel", "templates": 5},
 }
 STATE = {"dw_affine", "pw_affine", "pw_coefficients", "pw_gain", "dw_running", "pw_running"}
 every_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS.keys())
@@ -39,9 +41,10 @@ class Plain(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(dim, **norm) for _ in range(2 * mixer.depth))
         with torch.no_grad():
             for d, conv in enumerate(self.depthwise):
-                conv.weight.copy_(mixer.dw_weight[d][:, None])
+                filters = mixer.dw_sharing.index[d]
+                conv.weight.copy_(mixer.dw_weight[filters][:, None])
                 if conv.bias is not None:
-                    conv.bias.copy_(mixer.dw_bias[d])
+                    conv.bias.copy_(mixer.dw_bias[filters])
                 for half, name in enumerate(("dw", "pw")):
                     bn, affine = self.norms[2 * d + half], getattr(mixer, f"{name}_affine")
                     bn.weight.copy_(affine[d, 0])
@@ -132,8 +135,12 @@ def test_training_is_that_of_plain_modules(variant, momentum):
     for name in ("pw_weight", "pw_bias", "pw_coefficients", "pw_gain"):
         if getattr(mixer, name) is not None:
             assert relative_error(getattr(mixer, name).grad, getattr(plain.mixer, name).grad) < 1e-9
-    filters = torch.stack([conv.weight.grad[:, 0] for conv in plain.depthwise])
-    assert relative_error(mixer.dw_weight.grad, filters) < 1e-9
+    index = torch.tensor(mixer.dw_sharing.index)
+    for name in ("weight", "bias"):
+        ours, blocks = getattr(mixer, f"dw_{name}"), [getattr(conv, name) for conv in plain.depthwise]
+        if ours is not None:
+            gradients = torch.stack([block.grad.view(ours[0].shape) for block in blocks])
+            assert relative_error(ours.grad, torch.zeros_like(ours).index_add_(0, index, gradients)) < 1e-9
     scales = torch.stack([bn.weight.grad for bn in plain.norms[::2]])
     assert relative_error(mixer.dw_affine.grad[:, 0], scales) < 1e-9
 
@@ -155,6 +162,15 @@ def test_gradients_in_eval_mode(variant):
 
 
 # --- parameters
+
+
+def test_shared_filters_are_held_once():
+    mixer = SharedMixer(8, 6, 5, dw_sharing=Sharing(6, 3, "strided"))
+    assert mixer.dw_weight.shape == (2, 8, 5, 5)
+    assert mixer.dw_bias.shape == (2, 8)
+    assert mixer.dw_affine.shape == (6, 2, 8)
+    assert mixer.dw_index == (0, 1, 0, 1, 0, 1)
+    assert "filters=2" in repr(mixer)
 
 
 def test_parameters_and_buffers():
@@ -210,6 +226,8 @@ def test_matrices_are_initialised_apart():
         ({"templates": 0}, ValueError, "templates"),
         ({"sharing": Sharing(5, 2)}, ValueError, "sharing"),
         ({"sharing": 2}, TypeError, "sharing"),
+        ({"dw_sharing": Sharing(5, 2)}, ValueError, "dw_sharing"),
+        ({"dw_sharing": [0, 0, 1, 1]}, TypeError, "dw_sharing"),
     ],
 )
 def test_errors_name_the_argument(arguments, error, name):
@@ -352,6 +370,21 @@ def test_frozen_under_the_reference_backend(monkeypatch):
     monkeypatch.setenv("SPIN_BACKEND", "reference")
     mixer.freeze()
     assert not isinstance(mixer._packed.value, torch.Tensor)
+    assert relative_error(mixer(x), expected) < 1e-6
+
+
+@pytest.mark.parametrize("templates", [None, 3])
+@pytest.mark.parametrize("transform", ["scalar", "channel"])
+@pytest.mark.parametrize("same", [True, False])
+def test_freezing_folds_gains(monkeypatch, same, transform, templates):
+    """Into matrices whose users agree; where those of one do not, the gains stay."""
+    monkeypatch.setenv("SPIN_BACKEND", "reference")
+    plan = Sharing(4, 2, distribution="middle", shared_depth=2)
+    mixer, x = make({"sharing": plan}, transform=transform, templates=templates).eval(), image()
+    with torch.no_grad():
+        mixer.pw_gain[2] = mixer.pw_gain[1] if same else mixer.pw_gain[1] + 1
+    expected = mixer(x)
+    assert (mixer.freeze()._packed.value["pw_gain"] is None) == same
     assert relative_error(mixer(x), expected) < 1e-6
 
 

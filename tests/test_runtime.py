@@ -395,7 +395,9 @@ def test_measure_peaks() -> None:
             runtime.measure_peaks(threads, seconds=0.06)
         with pytest.raises(ValueError, match="threads"):
             runtime.multiply_add_rate(threads)
-    assert 0.05 < runtime.multiply_add_rate(1, 0.02) < 1.2 * runtime.measure_peaks(1, seconds=0.3)["float32_gflops"]
+    # The same unit, and no rate beyond the peak; other work may slow either, so one try of several has to agree.
+    tries = ((runtime.multiply_add_rate(1, 0.02), runtime.measure_peaks(1, seconds=0.06)) for _ in range(20))
+    assert any(0.05 < rate < 1.2 * peaks["float32_gflops"] for rate, peaks in tries)
 
 
 def test_bad_arguments_raise() -> None:

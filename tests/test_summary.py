@@ -16,6 +16,7 @@ PLANS = {
     "part": {"sharing": Sharing(6, 2, distribution="middle", shared_depth=4)},
     "templates": {"sharing": Sharing(6, 2), "templates": 2},
     "gains": {"sharing": Sharing(6, 6), "transform": "channel"},
+    "filters": {"sharing": Sharing(6, 2), "dw_sharing": Sharing(6, 3)},
     "alone": {},
 }
 
@@ -31,7 +32,7 @@ def test_counts(plan):
     assert summary.tokens == (8, 6)
     assert summary.parameters == sum(p.numel() for p in model.parameters())
     assert summary.bytes == sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
-    if plan in ("shared", "part", "alone"):
+    if plan in ("shared", "part", "filters", "alone"):
         assert sum(layer.parameters for layer in summary.layers) == summary.parameters
     plain = models.convmixer(16, 6, 5, 4, num_classes=10)
     gains = 0 if model.mixer.pw_gain is None else model.mixer.pw_gain.numel()

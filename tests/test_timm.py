@@ -70,6 +70,7 @@ def test_same_outputs_and_gradients(convert_to: str, act_layer: type, train: boo
         {"sharing": Sharing(4, 2), "templates": 3},
         {"sharing": Sharing(4, 4), "transform": "scalar"},
         {"transform": "channel"},
+        {"sharing": Sharing(4, 2), "dw_sharing": Sharing(4, 4)},
     ],
 )
 def test_to_timm_expands_what_is_shared(changes: dict) -> None:

@@ -74,6 +74,7 @@ class ConvMixer(Freezable):
         templates: number of templates that the pointwise matrices are combinations of (SuperWeights).
         transform: ``"scalar"`` or ``"channel"`` gives every block gains of its own on the shared product.
         drop_rate: of the dropout before the classifier.
+        dw_sharing: plan of the shared depthwise filters; None shares none.
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
@@ -95,6 +96,7 @@ class ConvMixer(Freezable):
         templates: int | None = None,
         transform: str | None = None,
         drop_rate: float = 0.0,
+        dw_sharing: Sharing | None = None,
     ) -> None:
         super().__init__()
         patch_stride = patch_size if patch_stride is None else patch_stride
@@ -109,7 +111,9 @@ class ConvMixer(Freezable):
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
         if patch_padding >= patch_size:  # patches of nothing but zeros; torch's float16 convolution breaks on them
             raise ValueError(f"patch_padding: expected less than patch_size {patch_size}, got {patch_padding}")
-        mixer = SharedMixer(dim, depth, kernel_size, sharing, activation, pw_residual, templates, transform)
+        plans = {"sharing": sharing, "dw_sharing": dw_sharing}
+        blocks = {"activation": activation, "pw_residual": pw_residual, "templates": templates, "transform": transform}
+        mixer = SharedMixer(dim, depth, kernel_size, **plans, **blocks)
         self.patch_embed = PatchEmbed(in_channels, dim, patch_size, patch_stride, patch_padding, activation)
         self.mixer = mixer
         self.head = Head(dim, num_classes, drop_rate)
@@ -145,7 +149,7 @@ class ConvMixer(Freezable):
             conv.padding[0],
             fc.weight,
             fc.bias,
-            *self.mixer._op_arguments().values(),
+            *self.mixer._frozen_arguments().values(),
         )
 
     def _run_packed(self, image: Tensor, packed: Tensor | tuple[PatchEmbed, dict[str, Any], Head]) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sharing import Sharing
+from ..sharing import Sharing, check_plan
 from .mixer import SharedMixer
 
 REDUCTIONS = ("choose_first", "mean", "scalar_weighted_mean", "channel_weighted_mean")
@@ -29,7 +29,7 @@ class FusedMixer(SharedMixer):
             bias of the group's first block, the others get no gradient.
         groups: ``"sharing"`` fuses the blocks that will share; ``"consecutive"`` fuses runs of ``sharing.rate``
             blocks whatever the mapping, as the published code does, and needs a uniform distribution.
-        **options: activation, pw_residual, transform, bias, eps, momentum, checkpoint, device and dtype of
+        **options: activation, pw_residual, transform, bias, eps, momentum, checkpoint, dw_sharing, device and dtype of
             :class:`SharedMixer`.
 
     Parameters: those of a SharedMixer that shares nothing, pw_weight (D, C, C) and pw_bias (D, C) among them, and
@@ -53,10 +53,9 @@ class FusedMixer(SharedMixer):
             raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         if groups not in GROUPS:
             raise ValueError(f"groups: expected one of {', '.join(GROUPS)}, got {groups!r}")
-        if not isinstance(sharing, Sharing):
-            raise TypeError(f"sharing: expected a Sharing, got {type(sharing).__name__}")
-        if sharing.depth != depth:
-            raise ValueError(f"sharing: expected a plan for {depth} blocks, got one for {sharing.depth}")
+        if sharing is None:
+            raise TypeError("sharing: expected a Sharing, got None")
+        sharing = check_plan("sharing", sharing, depth)
         if groups == "consecutive" and sharing.distribution != "uniform":
             raise ValueError(
                 f"groups: expected 'sharing' with a distribution other than uniform, got {groups!r} with "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import dispatch
 from ..reference import ACTIVATIONS, compose_matrices, output_format
-from ..sharing import Sharing
+from ..sharing import Sharing, check_plan
 from .base import Float32State, Freezable, fold_batch_norm
 
 
@@ -36,8 +36,10 @@ class SharedMixer(Float32State, Freezable):
         eps: of BatchNorm.
         momentum: of the running statistics; None averages over all batches, as in ``nn.BatchNorm2d``.
         checkpoint: keeps one tensor per block for the backward pass instead of two, which convolves once more.
+        dw_sharing: the plan of the depthwise filters and their biases; None shares none. S_dw is its number of
+            distinct filters, D without one.
 
-    Parameters: dw_weight (D, C, k, k), dw_bias (D, C), dw_affine (D, 2, C), pw_weight (S, C, C) or (T, C, C)
+    Parameters: dw_weight (S_dw, C, k, k), dw_bias (S_dw, C), dw_affine (D, 2, C), pw_weight (S, C, C) or (T, C, C)
     as [out, in], pw_bias (S, C), pw_affine (D, 2, C), pw_coefficients (S, T), pw_gain (D, 1) or (D, C). An
     affine holds gamma at [:, 0] and beta at [:, 1]. Buffers: dw_running and pw_running (D, 2, C: mean,
     variance) and num_batches_tracked. Affines, coefficients, gains and running statistics stay float32 when
@@ -64,6 +66,7 @@ class SharedMixer(Float32State, Freezable):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         checkpoint: bool = False,
+        dw_sharing: Sharing | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -80,25 +83,21 @@ class SharedMixer(Float32State, Freezable):
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if transform not in (None, "scalar", "channel"):
             raise ValueError(f"transform: expected None, 'scalar' or 'channel', got {transform!r}")
-        if sharing is None:
-            sharing = Sharing(depth, 1)
-        if not isinstance(sharing, Sharing):
-            raise TypeError(f"sharing: expected a Sharing or None, got {type(sharing).__name__}")
-        if sharing.depth != depth:
-            raise ValueError(f"sharing: expected a plan for {depth} blocks, got one for {sharing.depth}")
-        self.dim, self.depth, self.kernel_size, self.sharing = dim, depth, kernel_size, sharing
+        self.sharing = check_plan("sharing", sharing, depth)
+        self.dw_sharing = check_plan("dw_sharing", dw_sharing, depth)
+        self.dim, self.depth, self.kernel_size = dim, depth, kernel_size
         self.activation, self.pw_residual = activation, pw_residual
         self.templates, self.transform = templates, transform
         self.eps, self.momentum, self.checkpoint = eps, momentum, checkpoint
-        self.pw_index = tuple(sharing.index)
+        self.pw_index, self.dw_index = tuple(self.sharing.index), tuple(self.dw_sharing.index)
 
-        shared = sharing.num_shared
+        shared, filters = self.sharing.num_shared, self.dw_sharing.num_shared
         weights = {"device": device, "dtype": dtype if dtype is not None else torch.get_default_dtype()}
         state = {"device": device, "dtype": torch.promote_types(weights["dtype"], torch.float32)}
         gains = {None: None, "scalar": (depth, 1), "channel": (depth, dim)}[transform]
         for name, shape, options in (
-            ("dw_weight", (depth, dim, kernel_size, kernel_size), weights),
-            ("dw_bias", (depth, dim) if bias else None, weights),
+            ("dw_weight", (filters, dim, kernel_size, kernel_size), weights),
+            ("dw_bias", (filters, dim) if bias else None, weights),
             ("dw_affine", (depth, 2, dim), state),
             ("pw_weight", (templates or shared, dim, dim), weights),
             ("pw_bias", (shared, dim) if bias else None, weights),
@@ -160,7 +159,7 @@ class SharedMixer(Float32State, Freezable):
             "pw_coefficients": self.pw_coefficients,
             "pw_gain": None if self.pw_gain is None else self.pw_gain.expand(-1, self.dim),
             "pw_index": self.pw_index,
-            "dw_index": None,
+            "dw_index": self.dw_index,
             "activation": self.activation,
             "pw_residual": self.pw_residual,
         }
@@ -169,6 +168,23 @@ class SharedMixer(Float32State, Freezable):
                 gamma_beta, mean_var = arguments[name].unbind(1), running.unbind(1)
                 arguments[name] = fold_batch_norm(*gamma_beta, *mean_var, self.eps, dim=1)
         return arguments
+
+    def _frozen_arguments(self) -> dict[str, Any]:
+        """Those of a frozen call: gains are multiplied into the matrices where all users of each have the same ones.
+
+        That saves a vector per block where a kernel can do without gains; the CPU's packed form has them anyway, 1.
+        """
+        arguments = self._op_arguments()
+        gain, index = arguments["pw_gain"], list(self.pw_index)
+        if gain is None:
+            return arguments
+        of_matrix = gain[[index.index(s) for s in range(self.sharing.num_shared)]]
+        if not torch.equal(gain, of_matrix[index]):
+            return arguments
+        weight = arguments["pw_weight"]
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # rounded once, after the product
+        matrices = of_matrix[:, :, None] * compose_matrices(wide, arguments["pw_coefficients"])
+        return arguments | {"pw_weight": matrices.to(weight.dtype), "pw_coefficients": None, "pw_gain": None}
 
     def _normalise_with_batch_statistics(self, x: Tensor) -> Tensor:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -198,10 +214,10 @@ class SharedMixer(Float32State, Freezable):
         return dispatch.choose("mixer", (x, *self._op_arguments().values(), None)).backend == "cpu"
 
     def _pack(self) -> Tensor | dict[str, Any]:
-        arguments = self._op_arguments()
+        arguments = self._frozen_arguments()
         if self._has_packed_form():
             return torch.ops.spin._pack_mixer(*arguments.values())
-        arguments["pw_weight"], arguments["pw_bias"] = self.distinct_weights()
+        arguments["pw_weight"] = compose_matrices(arguments["pw_weight"], arguments["pw_coefficients"])
         arguments["pw_coefficients"] = None
         return {name: a.detach().clone() if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
@@ -222,6 +238,8 @@ class SharedMixer(Float32State, Freezable):
         text = f"{self.dim}, depth={self.depth}, kernel_size={self.kernel_size}"
         text += f", shared={self.sharing.num_shared}, activation={self.activation}"
         text += f", pw_residual={self.pw_residual}"
+        if self.dw_sharing.num_shared < self.depth:
+            text += f", filters={self.dw_sharing.num_shared}"
         for name in ("templates", "transform", "checkpoint"):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
