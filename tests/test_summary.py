@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spin_kernels import Sharing, fusion, models, reference
@@ -39,12 +40,40 @@ def test_counts(plan):
     assert summary.unshared_parameters == sum(p.numel() for p in plain.parameters()) + gains
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.vit(24, 4, 2, 8, 32, num_classes=10, sharing=Sharing(4, 2, "strided")),
+        models.convnext(24, 4, 5, 8, num_classes=10, sharing=Sharing(4, 4), layer_scale=1e-6),
+    ],
+    ids=["vit", "convnext"],
+)
+def test_counts_of_isotropic_networks(model):
+    summary = summarise(model, (32, 32))
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(1, 3, 32, 32))
+    assert summary.flops == counter.get_total_flops()
+    assert summary.parameters == sum(p.numel() for p in model.parameters())
+    alone = (
+        type(model)(24, 4, 2, 8, 32) if isinstance(model, models.VisionTransformer) else models.convnext(24, 4, 5, 8)
+    )
+    assert summary.unshared_parameters == sum(
+        p.numel() for name, p in alone.named_parameters() if not name.startswith("head")
+    ) + 25 * 10 + (0 if model.index[1] else 4 * 24)  # the head; layer_scale
+    others = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
+    extra = {"cls_token", "pos_embed", "layer_scale"}
+    missing = sum(p.numel() for m in others for p in m.parameters())
+    missing += sum(p.numel() for name, p in model.named_parameters() if name in extra)
+    assert sum(layer.parameters for layer in summary.layers) == summary.parameters - missing
+    assert summary.plans == {"W": tuple(model.sharing.index)}
+
+
 def test_counts_of_a_fused_model():
     model = models.convmixer(16, 6, 5, 4, num_classes=10)
     fused = summarise(fusion.prepare(model, Sharing(6, 2), "scalar_weighted_mean"))
     assert fused.unshared_parameters == summarise(model).parameters == fused.parameters - 6
     assert sum(layer.parameters for layer in fused.layers) == fused.parameters - 6
-    assert fused.index == (0, 0, 1, 1, 2, 2)
+    assert fused.plans == {"W": (0, 0, 1, 1, 2, 2)}
 
 
 def test_the_published_file():
@@ -63,30 +92,67 @@ def test_map():
         "    W1 ····████····",
         "    W2 ········████",
     ]
+    summary = summarise(models.convmixer(8, 4, 3, 4, dw_sharing=Sharing(4, 2, "strided")))
+    assert summary.plans == {"W": (0, 1, 2, 3), "F": (0, 1, 0, 1)}
+    assert summary.map().splitlines()[-2:] == ["    F0 █·█·", "    F1 ·█·█"]
 
 
 def test_refusals():
-    with pytest.raises(TypeError, match="model: expected a ConvMixer of spin_kernels, got Linear"):
+    with pytest.raises(TypeError, match=r"model: expected a network of spin_kernels.models, got Linear"):
         summarise(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"image_size: expected at least a patch of \(4, 4\), got \(3, 8\)"):
         summarise(models.convmixer(8, 2, 3, 4), (3, 8))
+    with pytest.raises(ValueError, match=r"image_size: expected \(16, 16\), as the position embedding, got \(16, 8\)"):
+        summarise(models.vit(8, 2, 2, 4, 16), (16, 8))
 
 
-def test_command(tmp_path):
+def spin(*arguments):
+    """Runs the command line."""
     testing = pytest.importorskip("typer.testing", reason="typer is not installed")
     from spin_kernels.__main__ import app
 
-    def spin(*arguments):
-        return testing.CliRunner().invoke(app, arguments)
+    return testing.CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "300"})
 
-    name, chart = "convmixer_256_8_k5_p2", tmp_path / "deep" / "map.png"
-    done = spin("info", name, "--plot", str(chart))
+
+@pytest.mark.parametrize("name", ["convmixer_256_8_k5_p2", "ws_vit_384_12_h6_p16_s2"])
+def test_info(name, tmp_path):
+    chart = tmp_path / "deep" / "map.png"
+    done = spin("info", name, "--plot", chart)
     assert done.exit_code == 0, done.output
     assert f"{sum(p.numel() for p in models.create(name).parameters()):,} parameters" in done.output
-    assert "block 7 pointwise" in done.output
-    assert "image 32 x 32" in done.output
+    assert "block 7 pointwise" in done.output or "block 11 mlp.fc2" in done.output
+    assert f"image {models.image_size(name)} x" in done.output
     assert chart.stat().st_size > 0
     for arguments, said in ((("info", "resnet18"), "MODEL"), (("info", name, "--image-size", "1"), "--image-size")):
+        done = spin(*arguments)
+        assert done.exit_code == 2
+        assert said in done.output
+
+
+def test_analyze(tmp_path):
+    Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    name, chart = "convmixer_256_8_k5_p2", tmp_path / "cka.png"
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "notes.txt").write_text("not a picture")
+    for i in range(3):
+        pixels = torch.randint(256, (40, 50, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / f"{i}.png")
+    torch.save(models.create(name).state_dict(), tmp_path / "one.pth")
+    torch.save({"head.fc.bias": torch.zeros(10)}, tmp_path / "other.pth")
+    call = ("analyze", name, name, "--images", tmp_path / "images", "--plot", chart)
+    one = ("--weights", tmp_path / "one.pth", "--other-weights")
+    done = spin(*call, *one, tmp_path / "one.pth")
+    assert done.exit_code == 0, done.output
+    rows = [[float(value) for value in line.split()] for line in done.output.splitlines()[1:9]]
+    assert [row[i] for i, row in enumerate(rows)] == [1.0] * 8  # a network and itself
+    assert chart.stat().st_size > 0
+    for arguments, said in (
+        ((*call, *one, tmp_path / "other.pth"), "expected the network's own state dict, got: Missing key"),
+        ((*call, *one, tmp_path / "none.pth"), "which is not there"),
+        ((*call[:4], tmp_path), "expected two pictures or more, got 1"),  # the heat map
+        ((*call[:4], tmp_path / "images" / "0.png"), "expected a folder"),
+        (("analyze", name, "ws_convmixer_768_32_k3_p14_s8", *call[3:]), "images of one size, got sides [32, 224]"),
+    ):
         done = spin(*arguments)
         assert done.exit_code == 2
         assert said in done.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -122,6 +123,10 @@ class ConvMixer(Freezable):
     def forward_features(self, image: Tensor) -> Tensor:
         """Feature maps (B, dim, H', W') before the head, from the parameters as they are (frozen or not)."""
         return self.mixer(self.patch_embed(image))
+
+    def block_outputs(self, images: Tensor) -> Iterator[Tensor]:
+        """The features (B, dim, H', W') after every block, one by one, in eval mode."""
+        return self.mixer.block_outputs(self.patch_embed(images))
 
     def forward(self, image: Tensor) -> Tensor:
         if self.is_frozen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -142,6 +142,23 @@ class SharedMixer(Float32State, Freezable):
         if self.checkpoint:
             return torch.ops.spin._checkpointed_mixer_block(x, **self._op_arguments())[0]
         return torch.ops.spin.shared_mixer_block(x, **self._op_arguments())
+
+    def block_outputs(self, x: Tensor) -> Iterator[Tensor]:
+        """The features (B, C, H, W) after every block, one by one, in eval mode; the last are those of a call.
+
+        Raises:
+            RuntimeError: the module is in training mode.
+        """
+        if self.training:
+            raise RuntimeError("block_outputs: expected eval mode, got training mode; call eval() first")
+        arguments = self._op_arguments()
+        for d in range(self.depth):
+            one = {name: arguments[name][d : d + 1] for name in ("dw_affine", "pw_affine")}
+            if self.pw_gain is not None:
+                one["pw_gain"] = arguments["pw_gain"][d : d + 1]
+            block = arguments | one | {"dw_index": self.dw_index[d : d + 1], "pw_index": self.pw_index[d : d + 1]}
+            x = torch.ops.spin.shared_mixer_block(x, **block)
+            yield x
 
     def distinct_weights(self) -> tuple[Tensor, Tensor | None]:
         """The pointwise weights (S, C, C), composed where there are templates, and biases (S, C), with gradients."""
