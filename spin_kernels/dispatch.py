@@ -54,6 +54,13 @@ def _cpu_mixer_refusal(args: Sequence[Any]) -> str | None:
     return None
 
 
+def _cpu_weights_refusal(args: Sequence[Any]) -> str | None:
+    """Of the operators that make weights: their first tensor is what they make them of."""
+    if args[0].device.type != "cpu":
+        return "the weights are not on the CPU"
+    return None if args[0].dtype in _NARROW else "the weights are float64"
+
+
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -85,8 +92,12 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("cpu", "_mixer_backward_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),
         Kernel("triton", "triton_ops.training", _triton_mixer_refusal, "the tensors are on a GPU"),
     ),
-    "compose_superweights": (),
-    "compose_superweights_backward": (),
+    "compose_superweights": (
+        Kernel("cpu", "_compose_superweights_cpu", _cpu_weights_refusal, "the tensors are on the CPU"),
+    ),
+    "compose_superweights_backward": (
+        Kernel("cpu", "_compose_superweights_backward_cpu", _cpu_weights_refusal, "the tensors are on the CPU"),
+    ),
     "repeat_weight": (),
     "repeat_weight_backward": (),
 }
@@ -181,7 +192,8 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     if family == "mixer" and (backward is not None or arguments[-1] is not None):
         kernel = TRAINING_FORWARD.get(choice.backend, kernel)
     if choice.backend == "cpu":
-        dtype = str(arguments[0].dtype).removeprefix("torch.")
+        # What makes weights computes in float32, whatever their type.
+        dtype = str(arguments[0].dtype).removeprefix("torch.") if family == "mixer" else "float32"
         kernel = f"{kernel}, {torch.ops.spin._cpu_isa(dtype)}"
     return Explanation(name, choice.backend, kernel, choice.reason, backward)
 

@@ -183,7 +183,8 @@ def _differentiate_mixer(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
 def _run_compose(*args: Any) -> Tensor:
     _refuse_forward_mode()
     checks.compose_superweights(*args)
-    dispatch.choose("compose_superweights", args)
+    if dispatch.choose("compose_superweights", args).backend == "cpu":
+        return torch.ops.spin._compose_superweights_cpu(*args)
     return reference.compose_superweights(*args)
 
 
@@ -193,7 +194,8 @@ def _fake_compose(bank: Tensor, coefficients: Tensor, pieces: Sequence[int], sha
 
 def _run_compose_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     checks.compose_superweights_backward(grad, *args)
-    dispatch.choose("compose_superweights_backward", args)
+    if dispatch.choose("compose_superweights_backward", args).backend == "cpu":
+        return torch.ops.spin._compose_superweights_backward_cpu(grad, *args)
     return reference.compose_superweights_backward(grad, *args)
 
 

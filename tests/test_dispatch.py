@@ -125,7 +125,9 @@ def test_explain() -> None:
     assert dispatch.explain("shared_mixer_block_train", **arguments).kernel.startswith("_mixer_train_cpu")
     with torch.no_grad():
         assert dispatch.explain("shared_mixer_block", **training).backward is None
-    assert dispatch.explain("compose_superweights", **compose_arguments()).backend == "reference"
+    composed = dispatch.explain("compose_superweights", **compose_arguments(requires_grad=True))
+    assert (composed.backend, composed.backward) == ("cpu", "cpu")
+    assert dispatch.explain("compose_superweights", **compose_arguments(torch.float64)).backend == "reference"
     assert dispatch.explain(functional.repeat_weight, **repeat_arguments(requires_grad=True)).backward == "reference"
 
 

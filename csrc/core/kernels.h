@@ -167,6 +167,25 @@ struct PatchArgs {
   int64_t output_stride;        // bytes from one line to the next
 };
 
+// A part of a window of the bank for all layers that use it (compose.h). Elements but where it says otherwise.
+struct ComposeUser {
+  char* data;  // forward the result, backward its gradient; where the tile begins
+  int64_t pitch;
+  const float* coefficients;  // one per template
+  double* dots;               // backward: <gradient, template>, one per template
+};
+struct ComposeTile {
+  const char* bank;  // the first template, where the tile begins
+  DType type;
+  int64_t stride, templates;  // from one template to the next
+  int64_t rows, columns, pitch;
+  const ComposeUser* users;
+  int64_t users_count;
+  bool stream;           // results go past the caches; float32 only
+  float* bank_gradient;  // like `bank`
+  bool first;            // it is written, else added to
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;          // channels in a vector
@@ -197,6 +216,8 @@ struct Kernels {
   void (*pack_gradient)(const PackGradientArgs&) = nullptr;  // null where operands are float32
   void (*weight_gradient)(const WeightGradientArgs&) = nullptr;
   void (*transpose)(const TransposeArgs&) = nullptr;
+  void (*compose)(const ComposeTile&) = nullptr;
+  void (*compose_gradient)(const ComposeTile&) = nullptr;
   void (*narrow)(const float* from, DType type, int64_t count, char* to) = nullptr;
 };
 

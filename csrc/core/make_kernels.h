@@ -1,6 +1,7 @@
 // The table of kernels of one instruction set: included by one source file per instruction set, each
 // compiled with its own flags.
 #pragma once
+#include "compose_tile.h"
 #include "depthwise.h"
 #include "elementwise.h"
 #include "layout.h"
@@ -72,6 +73,8 @@ constexpr Kernels make_kernels(const char* name) {
     kernels.moments = Elementwise<V>::moments;
     kernels.gradient_sums = Elementwise<V>::gradient_sums;
     kernels.activation_gradient = Elementwise<V>::activation_gradient;
+    kernels.compose = compose<V>;
+    kernels.compose_gradient = compose_gradient<V>;
     kernels.narrow = Elementwise<V>::narrow;
     kernels.taps_gradient = TapsGradient<V>::run;
     if constexpr (Operand::kChain != DType::kFloat32) kernels.pack_gradient = WeightGradient<Operand>::pack;

@@ -1,49 +1,12 @@
 // CPU kernels of the mixer operators: tensors in, raw pointers to csrc/core.
-//
-// Arguments were checked in Python (spin_kernels/checks.py), with the messages that users see. What is
-// checked again here, briefly, is whatever could make a kernel read out of bounds.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <memory>
-#include <optional>
 #include <string>
-#include <vector>
 
 #include "../core/run.h"
 #include "../core/train.h"
-#include "../core/workspace.h"
+#include "tensors.h"
 
 namespace spin {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-Parallel torch_parallel() {
-  return {int(torch::stable::get_num_threads()), [](int threads, const std::function<void(int)>& body) {
-            if (threads == 1) return body(0);
-            torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
-              for (int64_t thread = first; thread < last; ++thread) body(int(thread));
-            });
-          }};
-}
-
-DType dtype_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
-  }
-  return DType::kFloat32;
-}
 
 Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::kGelu;
@@ -52,25 +15,6 @@ Activation activation_of(const std::string& name) {
   if (name == "silu") return Activation::kSilu;
   STD_TORCH_CHECK(name == "identity", "activation: expected gelu, gelu_tanh, relu, silu or identity, got ", name);
   return Activation::kIdentity;
-}
-
-// A contiguous tensor of the given shape and type (a copy where needed; `keep` owns it).
-const char* data_of(const Tensor& t, DType type, std::initializer_list<int64_t> shape, const char* name,
-                    std::vector<Tensor>& keep) {
-  bool same = t.dim() == int64_t(shape.size()) && dtype_of(t, name) == type;
-  for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(i) == shape.begin()[i];
-  STD_TORCH_CHECK(same, name, ": shape or dtype does not fit the other arguments");
-  keep.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-  return static_cast<const char*>(keep.back().const_data_ptr());
-}
-const char* data_of(const std::optional<Tensor>& t, DType type, std::initializer_list<int64_t> shape, const char* name,
-                    std::vector<Tensor>& keep) {
-  return t ? data_of(*t, type, shape, name, keep) : nullptr;
-}
-template <class MaybeTensor>
-const float* floats_of(const MaybeTensor& t, std::initializer_list<int64_t> shape, const char* name,
-                       std::vector<Tensor>& keep) {
-  return reinterpret_cast<const float*>(data_of(t, DType::kFloat32, shape, name, keep));
 }
 
 struct Mixer {
@@ -156,16 +100,6 @@ Batch batch_of(const Tensor& x, const Tensor& y, DType type) {
   return {x.size(0), view_of(x, type), x.stride(0), view_of(y, type), y.stride(0)};
 }
 
-// Expanded tensors may describe results that no memory holds.
-template <class Body>
-auto within_memory(const char* name, const Body& body) {
-  try {
-    return body();
-  } catch (const std::exception& error) {
-    STD_TORCH_CHECK(false, name, ": the call failed, probably for want of memory; use a smaller batch: ", error.what());
-  }
-}
-
 Tensor mixer_cpu(const Tensor& x, const Tensor& dw_weight, const std::optional<Tensor>& dw_bias,
                  const Tensor& dw_affine, const Tensor& pw_weight, const std::optional<Tensor>& pw_bias,
                  const Tensor& pw_affine, const std::optional<Tensor>& pw_coefficients,
@@ -183,18 +117,6 @@ Tensor mixer_cpu(const Tensor& x, const Tensor& dw_weight, const std::optional<T
 }
 
 // ---- training ----
-
-Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
-}
-
-// Memory from the workspaces' pool: the system's fresh pages, every step anew, took a tenth of it.
-Tensor pooled(const Tensor& like, int64_t elements, int64_t item_bytes) {
-  auto memory = std::make_shared<Workspace>(elements * item_bytes);
-  const int64_t stride = 1;
-  return torch::stable::from_blob(memory->data(), {&elements, 1}, {&stride, 1}, like.device(), like.scalar_type(),
-                                  [memory](void*) {});
-}
 
 TrainingCall training_call(const Mixer& m, const Tensor& x, std::optional<double> eps, const Tensor& dw_stats,
                            const Tensor& pw_stats, int64_t kept, const Tensor& saved) {

@@ -44,6 +44,10 @@ STABLE_TORCH_LIBRARY(spin, m) {
   m.def("_mixer_train_cpu(Tensor x, " MIXER_WEIGHTS ", float? eps, int save) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("_mixer_backward_cpu(Tensor grad, Tensor dw_stats, Tensor pw_stats, Tensor saved, Tensor x, " MIXER_WEIGHTS
         ", float? eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("_compose_superweights_cpu(Tensor bank, Tensor coefficients, int[] pieces, int[] shapes) -> Tensor");
+  m.def(
+      "_compose_superweights_backward_cpu(Tensor grad, Tensor bank, Tensor coefficients, int[] pieces, "
+      "int[] shapes) -> (Tensor, Tensor)");
   m.def("_pack_mixer(" MIXER_WEIGHTS ") -> Tensor");
   m.def("_frozen_mixer(Tensor x, Tensor packed) -> Tensor");
   m.def("_pack_network(" ENDS MIXER_WEIGHTS ") -> Tensor");

@@ -1,0 +1,71 @@
+// SuperWeight compositions: every layer's weight of a network from windows of one bank, in one call.
+//
+//   result[layer l; out_offset + o, in_offset + i, tap] =
+//       sum_k coefficients[coefficient + k] * bank[base + k * stride + (o * row + i) * taps + tap]
+//
+// Pieces that read the same window (a template bank and the layers that share it) form a *source*: it is cut into
+// tiles that stay in L1 with all their templates, and a tile serves all its users before the next one is read. So the
+// bank and the result pass through memory once, and so do, backward, the result's gradient and the bank's: the floor.
+// Cost: 2 * templates operations per element of the result forward, 4 backward.
+//
+// Backward gives every tile of a window to one thread. Windows that overlap (bases need not be multiples of anything)
+// come in different phases, so nothing is ever added concurrently and sums have one order: by phase, user, template.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+#include "team.h"
+
+namespace spin {
+
+struct Piece {
+  int64_t layer, base, stride, templates, coefficient, out_offset, in_offset, out, in, row;
+};
+
+class Composition {
+ public:
+  // Ten integers per piece, four (out, in, kh, kw) per layer. Throws std::invalid_argument for pieces that leave their
+  // layer and for sizes that overflow; whether layers are covered is not looked at.
+  Composition(const std::vector<int64_t>& pieces, const std::vector<int64_t>& shapes);
+
+  int64_t bank_end() const { return bank_end_; }                // elements that the bank must have
+  int64_t coefficient_end() const { return coefficient_end_; }  // and the coefficients
+  int64_t numel() const { return numel_; }                      // of the result
+
+  void run(const Kernels& kernels, DType type, const char* bank, const float* coefficients, char* result,
+           const Parallel& parallel) const;
+
+  // Fills both gradients; `bank_gradient` has `bank_elements` floats.
+  void backward(const Kernels& kernels, DType type, const char* gradient, const char* bank, const float* coefficients,
+                float* bank_gradient, int64_t bank_elements, float* coefficient_gradient, int64_t coefficient_elements,
+                const Parallel& parallel) const;
+
+ private:
+  struct User {
+    int64_t to, pitch;  // first element in the result, elements from one row to the next
+    int64_t coefficient;
+  };
+  struct Source {
+    int64_t base, stride, templates, rows, run, pitch;  // rows of `run` elements, `pitch` from one to the next
+    std::vector<User> users;
+    int64_t phase = 0;
+    int64_t end() const { return base + (templates - 1) * stride + (rows - 1) * pitch + run; }
+    bool overlaps_itself() const { return templates > 1 && stride < (rows - 1) * pitch + run; }
+    bool dense() const { return rows == 1 || pitch == run; }
+  };
+  struct Tile {
+    const Source* source;
+    int64_t row, rows, column, columns;
+    int64_t dots;  // first of users * templates in the buffer of products
+  };
+
+  std::vector<Tile> tiles() const;
+  ComposeTile open(const Tile& tile, DType type, const char* bank, const float* coefficients, char* flat,
+                   std::vector<ComposeUser>& users) const;
+
+  std::vector<Source> sources_;  // by base
+  int64_t phases_ = 0, bank_end_ = 0, coefficient_end_ = 0, numel_ = 0;
+};
+
+}  // namespace spin

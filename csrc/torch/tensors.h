@@ -1,0 +1,89 @@
+// What the CPU operators have in common: tensors as raw pointers, torch's threads, pooled memory.
+//
+// Arguments were checked in Python (spin_kernels/checks.py), with the messages that users see. What is checked again in
+// C++, briefly, is whatever could make a kernel read out of bounds.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "../core/team.h"
+#include "../core/types.h"
+#include "../core/workspace.h"
+
+namespace spin {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Parallel torch_parallel() {
+  return {int(torch::stable::get_num_threads()), [](int threads, const std::function<void(int)>& body) {
+            if (threads == 1) return body(0);
+            torch::stable::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) {
+              for (int64_t thread = first; thread < last; ++thread) body(int(thread));
+            });
+          }};
+}
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16");
+  }
+  return DType::kFloat32;
+}
+
+// A contiguous tensor of the given shape and type (a copy where needed; `keep` owns it).
+inline const char* data_of(const Tensor& t, DType type, std::initializer_list<int64_t> shape, const char* name,
+                           std::vector<Tensor>& keep) {
+  bool same = t.dim() == int64_t(shape.size()) && dtype_of(t, name) == type;
+  for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(i) == shape.begin()[i];
+  STD_TORCH_CHECK(same, name, ": shape or dtype does not fit the other arguments");
+  keep.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
+  return static_cast<const char*>(keep.back().const_data_ptr());
+}
+inline const char* data_of(const std::optional<Tensor>& t, DType type, std::initializer_list<int64_t> shape,
+                           const char* name, std::vector<Tensor>& keep) {
+  return t ? data_of(*t, type, shape, name, keep) : nullptr;
+}
+template <class MaybeTensor>
+const float* floats_of(const MaybeTensor& t, std::initializer_list<int64_t> shape, const char* name,
+                       std::vector<Tensor>& keep) {
+  return reinterpret_cast<const float*>(data_of(t, DType::kFloat32, shape, name, keep));
+}
+
+// Expanded tensors may describe results that no memory holds.
+template <class Body>
+auto within_memory(const char* name, const Body& body) {
+  try {
+    return body();
+  } catch (const std::exception& error) {
+    STD_TORCH_CHECK(false, name,
+                    ": the call failed, probably for want of memory; use smaller arguments: ", error.what());
+  }
+}
+
+inline Tensor new_tensor(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
+  return torch::stable::new_empty(like, {shape.data(), shape.size()}, type);
+}
+
+// Memory from the workspaces' pool: the system's fresh pages, every step anew, took a tenth of it.
+inline Tensor pooled(const Tensor& like, int64_t elements, int64_t item_bytes) {
+  auto memory = std::make_shared<Workspace>(elements * item_bytes);
+  const int64_t stride = 1;
+  return torch::stable::from_blob(memory->data(), {&elements, 1}, {&stride, 1}, like.device(), like.scalar_type(),
+                                  [memory](void*) {});
+}
+
+}  // namespace spin

@@ -1,0 +1,174 @@
+"""compose_superweights on random compositions: results, gradients, every instruction set, any number of threads."""
+
+import os
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from spin_kernels import dispatch, reference
+
+runtime = pytest.importorskip("spin_kernels.spin_runtime", reason="the library is not built")
+CHUNKS = 10
+SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "1000")) // 2
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+COMPOSE = torch.ops.spin.compose_superweights.default
+
+
+def rectangles(rng: Random, out: int, into: int) -> list[tuple[int, int, int, int]]:
+    """(out_offset, in_offset, out, in) that tile a layer."""
+    todo, done = [(0, 0, out, into)], []
+    while todo:
+        a, b, n, m = todo.pop()
+        if n * m == 1 or rng.random() < 0.5:
+            done.append((a, b, n, m))
+        elif (rng.random() < 0.5 or m == 1) and n > 1:
+            cut = rng.randint(1, n - 1)
+            todo += [(a, b, cut, m), (a + cut, b, n - cut, m)]
+        elif m > 1:
+            cut = rng.randint(1, m - 1)
+            todo += [(a, b, n, cut), (a, b + cut, n, m - cut)]
+    return done
+
+
+def any_composition(rng: Random, dtype: torch.dtype) -> dict[str, Any]:
+    """Layers that repeat the tilings and the windows of others now and then, windows that overlap or leave gaps."""
+    size, count = rng.choice([3, 8, 20, 60]), rng.choice([0, 1, 2, 5])
+    kinds = [(rng.randint(1, size), rng.randint(1, size), rng.choice([1, 2, 3]), rng.choice([1, 3])) for _ in range(2)]
+    kinds = [(*kind, rectangles(rng, *kind[:2])) for kind in kinds]
+    windows: dict[tuple[int, ...], tuple[int, int, int, int]] = {}
+    pieces, shapes, bank, coefficients = [], [], rng.choice([0, 100]), 0
+    for layer in range(count):
+        out, into, kh, kw, parts = rng.choice(kinds)
+        shapes += [out, into, kh, kw]
+        for a, b, n, m in parts:
+            area = n * m * kh * kw
+            if (n, m, kh, kw) not in windows or rng.random() < 0.3:
+                base, templates = rng.randint(0, rng.choice([0, 10, 500])), rng.choice([1, 2, 3, 8, 11])
+                stride, row = rng.choice([0, 1, area // 2, area, area, area, area + 5]), m + rng.choice([0, 0, 0, 2])
+                windows[n, m, kh, kw] = base, stride, templates, row
+            base, stride, templates, row = windows[n, m, kh, kw]
+            at = rng.randint(0, coefficients)  # new ones, or another piece's
+            pieces += [layer, base, stride, templates, at, a, b, n, m, row]
+            bank = max(bank, base + (templates - 1) * stride + ((n - 1) * row + m) * kh * kw)
+            coefficients = max(coefficients, at + templates)
+    return {
+        "bank": torch.randn(bank, dtype=torch.float64).to(dtype),
+        "coefficients": torch.randn(coefficients),
+        "pieces": pieces,
+        "shapes": shapes,
+    }
+
+
+def exact(arguments: dict[str, Any], grad: Tensor, absolute: bool = False) -> list[Tensor]:
+    """Result and gradients of bank and coefficients in float64; with `absolute` the sums of their terms' magnitudes."""
+    tensors = [t.double() for t in (grad, arguments["bank"], arguments["coefficients"])]
+    grad, *rest = [t.abs() for t in tensors] if absolute else tensors
+    rest += [arguments["pieces"], arguments["shapes"]]
+    return [reference.compose_superweights(*rest), *reference.compose_superweights_backward(grad, *rest)]
+
+
+def computed(arguments: dict[str, Any], grad: Tensor) -> list[Tensor]:
+    leaves = {name: arguments[name].detach().requires_grad_() for name in ("bank", "coefficients")}
+    flat = COMPOSE(**{**arguments, **leaves})
+    flat.backward(grad)
+    return [flat.detach(), *(leaf.grad for leaf in leaves.values())]
+
+
+def assert_right(arguments: dict[str, Any], grad: Tensor) -> None:
+    """Sums in float32 or wider, rounded once."""
+    dtypes = arguments["bank"].dtype, arguments["bank"].dtype, torch.float32
+    values = computed(arguments, grad), exact(arguments, grad), exact(arguments, grad, absolute=True)
+    for got, expected, terms, dtype in zip(*values, dtypes, strict=True):
+        assert got.shape == expected.shape
+        assert got.dtype == dtype
+        error = (got.double() - expected).abs()
+        assert (error <= 2e-6 * terms + torch.finfo(dtype).eps * expected.abs() + torch.finfo(dtype).tiny).all()
+
+
+@pytest.mark.parametrize("isa", runtime.cpu_features()["isas"])
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_random_compositions(chunk: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPIN_CPU_ISA", isa)
+    rng = Random(int(torch.randint(2**31, ())))
+    for _ in range(SHAPES // CHUNKS):
+        arguments = any_composition(rng, rng.choice(DTYPES))
+        numel = sum(torch.Size(arguments["shapes"][i : i + 4]).numel() for i in range(0, len(arguments["shapes"]), 4))
+        grad = torch.randn(numel).to(arguments["bank"].dtype)
+        try:
+            assert_right(arguments, grad)
+        except AssertionError as error:
+            settings = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
+            raise AssertionError(f"{arguments['bank'].dtype}, {settings}: {error}") from error
+
+
+def nested_layers(templates: int, layers: int) -> dict[str, Any]:
+    """A few megabytes: layers of two sizes that share one window, and one with a window that begins inside it."""
+    small, large = (96, 64, 3, 3), (96, 128, 3, 3)
+    n = 96 * 64 * 9
+    pieces, shapes = [], []
+    for layer in range(layers):
+        wide = layer % 2
+        shapes += large if wide else small
+        for half in range(1 + wide):
+            base = n // 2 if layer == layers - 1 else 0
+            pieces += [layer, base, n, templates, len(pieces) // 10 * templates, 0, 64 * half, 96, 64, 64]
+    return {
+        "bank": torch.randn(n * templates + n // 2),
+        "coefficients": torch.randn(len(pieces) // 10 * templates),
+        "pieces": pieces,
+        "shapes": shapes,
+    }
+
+
+def test_long_streams() -> None:
+    """Results of more than the 8 MB beyond which they bypass the caches."""
+    arguments = nested_layers(5, 36)
+    flat = COMPOSE(**arguments)
+    assert flat.numel() * 4 > 8 << 20
+    assert_right(arguments, torch.randn_like(flat))
+
+
+def test_same_bits_with_any_number_of_threads() -> None:
+    arguments, threads = nested_layers(3, 9), torch.get_num_threads()
+    grad = torch.randn_like(COMPOSE(**arguments))
+    results = []
+    try:
+        for number in (1, 2, 3, 2):
+            torch.set_num_threads(number)
+            results.append(computed(arguments, grad))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_bank_elements_that_nothing_reads_have_no_gradient() -> None:
+    arguments = nested_layers(2, 3)
+    arguments["bank"] = torch.cat([arguments["bank"], torch.randn(1000)])
+    gradient = computed(arguments, torch.randn_like(COMPOSE(**arguments)))[1]
+    assert gradient[:-1000].all()
+    assert not gradient[-1000:].any()
+
+
+def test_not_contiguous() -> None:
+    arguments = nested_layers(2, 2)
+    expected = COMPOSE(**arguments)
+    for name in ("bank", "coefficients"):
+        wide = torch.full((2 * len(arguments[name]),), float("nan"))
+        wide[::2] = arguments[name]
+        arguments[name] = wide[::2]
+    assert torch.equal(COMPOSE(**arguments), expected)
+    grad = torch.randn(2 * expected.numel())[::2]
+    assert_right({**arguments, "bank": arguments["bank"].contiguous()}, grad)
+
+
+def test_backend() -> None:
+    arguments = nested_layers(1, 1)
+    explained = dispatch.explain("compose_superweights", **arguments)
+    assert explained.backend == "cpu"
+    assert "_compose_superweights_cpu" in explained.kernel
+    double = {**arguments, "bank": arguments["bank"].double(), "coefficients": arguments["coefficients"].double()}
+    assert dispatch.explain("compose_superweights", **double).backend == "reference"
