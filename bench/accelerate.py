@@ -1,9 +1,9 @@
 """timm's ConvMixers before and after ``spin_kernels.accelerate``: inference, and a training step.
 
 ``PYTHONPATH=. .venv-timm/bin/python bench/accelerate.py OUT.json`` in the environment of the README's timm command.
-float32 images of random numbers, 224 x 224. Every provider answers in turns, up to five calls or a second each, at least
-two; the first is dropped and the median of the turns' medians is taken. The better of contiguous and channels_last is the
-untouched model. About three minutes on two cores.
+float32 images of random numbers, 224 x 224. Every provider answers in turns, up to five calls or a second each, at
+least two; the first is dropped and the median of the turns' medians is taken. The better of contiguous and
+channels_last is the untouched model. About three minutes on two cores.
 """
 
 from __future__ import annotations
