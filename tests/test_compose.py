@@ -50,6 +50,9 @@ def any_composition(rng: Random, dtype: torch.dtype) -> dict[str, Any]:
                 stride, row = rng.choice([0, 1, area // 2, area, area, area, area + 5]), m + rng.choice([0, 0, 0, 2])
                 windows[n, m, kh, kw] = base, stride, templates, row
             base, stride, templates, row = windows[n, m, kh, kw]
+            for (_, _, *taps), window in windows.items():  # or a corner of another layer's
+                if taps == [kh, kw] and window[3] >= m and rng.random() < 0.5:
+                    base, stride, templates, row = window
             at = rng.randint(0, coefficients)  # new ones, or another piece's
             pieces += [layer, base, stride, templates, at, a, b, n, m, row]
             bank = max(bank, base + (templates - 1) * stride + ((n - 1) * row + m) * kh * kw)

@@ -48,7 +48,8 @@ Composition::Composition(const std::vector<int64_t>& pieces, const std::vector<i
     first.push_back(numel_);
     numel_ = sum({numel_, product({shapes[l], shapes[l + 1], shapes[l + 2], shapes[l + 3]})});
   }
-  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>, size_t> found;
+  std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, size_t> found;
+  std::vector<std::vector<Part>> parts;  // of each window
   for (size_t i = 0; i < pieces.size(); i += 10) {
     const int64_t* n = pieces.data() + i;
     const Piece p{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
@@ -63,39 +64,70 @@ Composition::Composition(const std::vector<int64_t>& pieces, const std::vector<i
     bank_end_ =
         std::max(bank_end_, sum({p.base, product({p.templates - 1, p.stride}), product({p.out - 1, pitch}), run}));
     coefficient_end_ = std::max(coefficient_end_, sum({p.coefficient, p.templates}));
-    const auto key = std::make_tuple(p.base, p.templates > 1 ? p.stride : 0, p.templates, p.out, run, pitch);
-    const auto [entry, is_new] = found.try_emplace(key, sources_.size());
-    if (is_new) sources_.push_back({p.base, std::get<1>(key), p.templates, p.out, run, pitch, {}});
-    const int64_t to_pitch = shape[1] * taps;
-    sources_[entry->second].users.push_back(
-        {first[p.layer] + p.out_offset * to_pitch + p.in_offset * taps, to_pitch, p.coefficient});
+    const int64_t stride = p.templates > 1 ? p.stride : 0, to_pitch = shape[1] * taps;
+    const auto [entry, is_new] = found.try_emplace({p.base, stride, p.templates, pitch}, windows_.size());
+    if (is_new) windows_.push_back({p.base, stride, p.templates, pitch}), parts.emplace_back();
+    const User user{first[p.layer] + p.out_offset * to_pitch + p.in_offset * taps, to_pitch, p.coefficient};
+    parts[entry->second].push_back({p.out, run, user});
   }
-  for (Source& s : sources_) {  // rows that touch everywhere are one long row
-    const bool whole = std::all_of(s.users.begin(), s.users.end(), [&](const User& u) { return u.pitch == s.run; });
-    if (s.dense() && whole) s.run *= s.rows, s.pitch = s.run, s.rows = 1;
-  }
+  for (size_t w = 0; w < windows_.size(); ++w) cut(windows_[w], parts[w]);
   // The fewest phases of disjoint windows: in order of their beginnings, each into the first phase that has room.
-  std::stable_sort(sources_.begin(), sources_.end(), [](const Source& a, const Source& b) { return a.base < b.base; });
+  std::stable_sort(windows_.begin(), windows_.end(), [](const Window& a, const Window& b) { return a.base < b.base; });
   std::vector<int64_t> ends;
-  for (Source& s : sources_) {
-    const auto room = std::find_if(ends.begin(), ends.end(), [&](int64_t end) { return end <= s.base; });
-    s.phase = room - ends.begin();
+  for (Window& w : windows_) {
+    const auto room = std::find_if(ends.begin(), ends.end(), [&](int64_t end) { return end <= w.base; });
+    w.phase = room - ends.begin();
     if (room == ends.end()) ends.push_back(0);
-    ends[s.phase] = s.end();
+    ends[w.phase] = w.end();
   }
   phases_ = int64_t(ends.size());
 }
 
+void Composition::cut(Window& w, const std::vector<Part>& parts) {
+  std::vector<int64_t> rows, runs;
+  for (const Part& part : parts) rows.push_back(part.rows), runs.push_back(part.run);
+  for (std::vector<int64_t>* sizes : {&rows, &runs}) {
+    std::sort(sizes->begin(), sizes->end());
+    sizes->erase(std::unique(sizes->begin(), sizes->end()), sizes->end());
+  }
+  w.rows = rows.back(), w.run = runs.back();
+  int64_t row = 0;
+  for (const int64_t last_row : rows) {
+    int64_t column = 0;
+    for (const int64_t last_column : runs) {
+      Cell cell{w.base + row * w.pitch + column, last_row - row, last_column - column, {}};
+      for (const Part& part : parts) {
+        if (part.rows < last_row || part.run < last_column) continue;
+        cell.users.push_back(part.user);
+        cell.users.back().to += row * part.user.pitch + column;
+      }
+      column = last_column;
+      if (!cell.users.empty()) w.cells.push_back(std::move(cell));
+    }
+    row = last_row;
+  }
+  const bool dense = w.rows == 1 || w.pitch == w.run;
+  w.whole = dense && w.cells.size() == rows.size() * runs.size() && (w.templates == 1 || w.stride == w.rows * w.run);
+  // Rows that touch everywhere are one long row.
+  const bool touch = w.cells.size() == 1 && w.pitch == w.run &&
+                     std::all_of(parts.begin(), parts.end(), [&](const Part& p) { return p.user.pitch == w.run; });
+  if (touch) w.cells[0].run *= w.rows, w.cells[0].rows = 1;
+}
+
 std::vector<Composition::Tile> Composition::tiles() const {
   std::vector<Tile> tiles;
-  int64_t dots = 0;
-  for (const Source& s : sources_) {
-    const int64_t most = std::clamp(kTileBytes / 4 / s.templates / 64 * 64, kLeastColumns, kMostColumns);
-    const int64_t columns = std::min(most, s.run), rows = std::max<int64_t>(1, most / s.run);
-    for (int64_t row = 0; row < s.rows; row += rows) {
-      for (int64_t column = 0; column < s.run; column += columns) {
-        tiles.push_back({&s, row, std::min(rows, s.rows - row), column, std::min(columns, s.run - column), dots});
-        dots += int64_t(s.users.size()) * s.templates;
+  int64_t products = 0;
+  for (const Window& w : windows_) {
+    const int64_t most = std::clamp(kTileBytes / 4 / w.templates / 64 * 64, kLeastColumns, kMostColumns);
+    for (const Cell& cell : w.cells) {
+      const int64_t columns = round_up(ceil_div(cell.run, ceil_div(cell.run, most)), 64),
+                    rows = std::max<int64_t>(1, most / cell.run);
+      for (int64_t row = 0; row < cell.rows; row += rows) {
+        for (int64_t column = 0; column < cell.run; column += columns) {
+          const int64_t height = std::min(rows, cell.rows - row), width = std::min(columns, cell.run - column);
+          tiles.push_back({&w, &cell, row, height, column, width, products});
+          products += tiles.back().sums();
+        }
       }
     }
   }
@@ -104,16 +136,18 @@ std::vector<Composition::Tile> Composition::tiles() const {
 
 ComposeTile Composition::open(const Tile& tile, DType type, const char* bank, const float* coefficients, char* flat,
                               std::vector<ComposeUser>& users) const {
-  const Source& s = *tile.source;
+  const Window& w = *tile.window;
   const int64_t bytes = size_of(type);
   users.clear();
-  for (const User& u : s.users) {
-    users.push_back(
-        {flat + (u.to + tile.row * u.pitch + tile.column) * bytes, u.pitch, coefficients + u.coefficient, nullptr});
+  for (const User& u : tile.cell->users) {
+    users.push_back({flat + (u.to + tile.row * u.pitch + tile.column) * bytes, u.pitch, coefficients + u.coefficient});
   }
-  const int64_t offset = s.base + tile.row * s.pitch + tile.column;
-  return {bank + offset * bytes, type,  s.stride, s.templates, tile.rows, tile.columns, s.pitch, users.data(),
-          int64_t(users.size()), false, nullptr,  false};
+  ComposeTile opened{};
+  opened.bank = bank + tile.offset() * bytes, opened.type = type;
+  opened.stride = w.stride, opened.templates = w.templates;
+  opened.rows = tile.rows, opened.columns = tile.columns, opened.pitch = w.pitch;
+  opened.users = users.data(), opened.users_count = int64_t(users.size());
+  return opened;
 }
 
 void Composition::run(const Kernels& kernels, DType type, const char* bank, const float* coefficients, char* result,
@@ -136,18 +170,16 @@ void Composition::backward(const Kernels& kernels, DType type, const char* gradi
                            float* coefficient_gradient, int64_t coefficient_elements, const Parallel& parallel) const {
   const std::vector<Tile> all = tiles();
   // What the first phase writes whole needs no zeros before it.
-  auto written = [](const Source& s) {
-    return s.phase == 0 && s.dense() && (s.templates == 1 || s.stride == s.rows * s.run);
-  };
+  auto written = [](const Window& w) { return w.phase == 0 && w.whole; };
   std::vector<std::pair<int64_t, int64_t>> zeros;  // begin, count
   auto add_zeros = [&](int64_t begin, int64_t end) {
     for (; begin < end; begin += kZeroElements) zeros.push_back({begin, std::min(kZeroElements, end - begin)});
   };
   int64_t done = 0;
-  for (const Source& s : sources_) {
-    if (!written(s)) continue;
-    add_zeros(done, s.base);
-    done = s.end();
+  for (const Window& w : windows_) {
+    if (!written(w)) continue;
+    add_zeros(done, w.base);
+    done = w.end();
   }
   add_zeros(done, bank_elements);
   // Tiles of one phase at a time; those of a window that overlaps itself are one item.
@@ -156,32 +188,36 @@ void Composition::backward(const Kernels& kernels, DType type, const char* gradi
   };
   std::vector<std::vector<Item>> items(phases_);
   for (int64_t i = 0, count; i < int64_t(all.size()); i += count) {
-    const Source& s = *all[i].source;
+    const Window& w = *all[i].window;
     count = 1;
-    if (s.overlaps_itself()) {
-      while (i + count < int64_t(all.size()) && all[i + count].source == &s) ++count;
+    if (w.overlaps_itself()) {
+      while (i + count < int64_t(all.size()) && all[i + count].window == &w) ++count;
     }
-    items[s.phase].push_back({i, count});
+    items[w.phase].push_back({i, count});
   }
-  const int64_t products =
-      all.empty() ? 0 : all.back().dots + int64_t(all.back().source->users.size()) * all.back().source->templates;
-  Workspace memory(products * int64_t(sizeof(double)));
-  double* dots = reinterpret_cast<double*>(memory.data());
+  int64_t most_sums = 0, all_products = 0;
+  for (const Tile& tile : all) {
+    most_sums = std::max(most_sums, tile.sums());
+    all_products += tile.sums();
+  }
+  const Workspace memory(all_products * int64_t(sizeof(double)));
+  double* products = reinterpret_cast<double*>(memory.data());
   const int threads = useful_threads(8.0 * numel_ + bank_elements, parallel);
   Team team(threads, phases_ + 1);
   parallel.run(threads, [&](int thread) {
     std::vector<ComposeUser> users;
+    const Workspace sums(most_sums * kernels.lanes * int64_t(sizeof(float)));
     team.phase(thread, 0, int64_t(zeros.size()),
                [&](int64_t item) { std::fill_n(bank_gradient + zeros[item].first, zeros[item].second, 0.f); });
     for (int64_t phase = 0; phase < phases_; ++phase) {
       team.phase(thread, phase + 1, int64_t(items[phase].size()), [&](int64_t item) {
         const auto [first, count] = items[phase][item];
         for (int64_t i = first; i < first + count; ++i) {
-          const Source& s = *all[i].source;
           ComposeTile tile = open(all[i], type, bank, coefficients, const_cast<char*>(gradient), users);
-          for (size_t u = 0; u < users.size(); ++u) users[u].dots = dots + all[i].dots + int64_t(u) * s.templates;
-          tile.bank_gradient = bank_gradient + s.base + all[i].row * s.pitch + all[i].column;
-          tile.first = written(s);
+          tile.bank_gradient = bank_gradient + all[i].offset();
+          tile.first = written(*all[i].window);
+          tile.stream = bank_elements * 4 > kStreamBytes;
+          tile.sums = reinterpret_cast<float*>(sums.data()), tile.products = products + all[i].products;
           kernels.compose_gradient(tile);
         }
       });
@@ -189,9 +225,9 @@ void Composition::backward(const Kernels& kernels, DType type, const char* gradi
   });
   std::vector<double> totals(coefficient_elements, 0.0);
   for (const Tile& tile : all) {
-    const double* dot = dots + tile.dots;
-    for (const User& user : tile.source->users) {
-      for (int64_t k = 0; k < tile.source->templates; ++k) totals[user.coefficient + k] += *dot++;
+    const double* one = products + tile.products;
+    for (const User& user : tile.cell->users) {
+      for (int64_t k = 0; k < tile.window->templates; ++k) totals[user.coefficient + k] += *one++;
     }
   }
   std::copy(totals.begin(), totals.end(), coefficient_gradient);

@@ -3,9 +3,9 @@
 //   result[layer l; out_offset + o, in_offset + i, tap] =
 //       sum_k coefficients[coefficient + k] * bank[base + k * stride + (o * row + i) * taps + tap]
 //
-// Pieces that read the same window (a template bank and the layers that share it) form a *source*: it is cut into
-// tiles that stay in L1 with all their templates, and a tile serves all its users before the next one is read. So the
-// bank and the result pass through memory once, and so do, backward, the result's gradient and the bank's: the floor.
+// Pieces that read the same templates (a bank and the layers that share it) form a *window*: it is cut into tiles that
+// stay in L1 with all their templates, and a tile serves all its users before the next one is read. So the bank and the
+// result pass through memory once, and so do, backward, the result's gradient and the bank's: the floor.
 // Cost: 2 * templates operations per element of the result forward, 4 backward.
 //
 // Backward gives every tile of a window to one thread. Windows that overlap (bases need not be multiples of anything)
@@ -46,25 +46,42 @@ class Composition {
     int64_t to, pitch;  // first element in the result, elements from one row to the next
     int64_t coefficient;
   };
-  struct Source {
-    int64_t base, stride, templates, rows, run, pitch;  // rows of `run` elements, `pitch` from one to the next
+  // Rows of `run` elements of all templates, the same ones for every user.
+  struct Cell {
+    int64_t base, rows, run;
     std::vector<User> users;
+  };
+  // Templates of which users read the whole or a corner: narrower layers have narrower windows. The sizes that occur
+  // cut it into cells, so that a part of the bank is read once for all that use it.
+  struct Window {
+    int64_t base, stride, templates, pitch;  // from one row to the next
+    int64_t rows = 0, run = 0;               // of the largest user
+    std::vector<Cell> cells = {};
     int64_t phase = 0;
-    int64_t end() const { return base + (templates - 1) * stride + (rows - 1) * pitch + run; }
-    bool overlaps_itself() const { return templates > 1 && stride < (rows - 1) * pitch + run; }
-    bool dense() const { return rows == 1 || pitch == run; }
+    bool whole = false;  // every element from `base` to `end` belongs to one cell
+    int64_t extent() const { return (rows - 1) * pitch + run; }
+    int64_t end() const { return base + (templates - 1) * stride + extent(); }
+    bool overlaps_itself() const { return templates > 1 && stride < extent(); }
   };
   struct Tile {
-    const Source* source;
+    const Window* window;
+    const Cell* cell;
     int64_t row, rows, column, columns;
-    int64_t dots;  // first of users * templates in the buffer of products
+    int64_t products;  // where its own begin
+    int64_t offset() const { return cell->base + row * window->pitch + column; }
+    int64_t sums() const { return int64_t(cell->users.size()) * window->templates; }
   };
 
+  struct Part {
+    int64_t rows, run;  // of the window's corner
+    User user;
+  };
+  static void cut(Window& window, const std::vector<Part>& parts);
   std::vector<Tile> tiles() const;
   ComposeTile open(const Tile& tile, DType type, const char* bank, const float* coefficients, char* flat,
                    std::vector<ComposeUser>& users) const;
 
-  std::vector<Source> sources_;  // by base
+  std::vector<Window> windows_;  // by base
   int64_t phases_ = 0, bank_end_ = 0, coefficient_end_ = 0, numel_ = 0;
 };
 

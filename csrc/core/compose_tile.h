@@ -1,10 +1,11 @@
 // One tile of a composition: rows of a window of the bank, all its templates, all its users (see compose.h).
 //
 // Forward holds 4 vectors of the result in registers and walks the templates, which L1 holds; results of a large call
-// are streamed past the caches, where a plain store would first read the line that it replaces. Backward reads a user's
-// gradient from memory for the products with the templates (8 sums in registers), then all users' again, from L2, for
-// the bank: 8 templates x 2 vectors in registers, users innermost. 2 * templates multiply-adds per vector; numerics:
-// float32 sums inside a tile, in double across tiles.
+// are streamed past the caches, where a plain store would first read the line that it replaces. Backward holds 2
+// vectors of the bank's gradient for 8 templates and walks the users, each a stream from memory that is read once: a
+// vector of their gradients goes into the bank's, and times the templates into 8 sums in L1 (products in a pass of
+// their own, with the bank's gradient from L2 after it, took 1.3 to 2 times as long: memory waits meanwhile). Forward
+// one multiply-add per template and vector, backward two. Numerics: float32 sums inside a tile, in double across tiles.
 #pragma once
 #include "kernels.h"
 
@@ -16,7 +17,11 @@ struct Compose {
   static constexpr int64_t kLanes = V::kLanes, kBytes = size_of(kType);
   static constexpr int kVectors = 4;
   static constexpr int kTemplates = V::kLanes == 16 ? 8 : 4;  // by registers
-  static constexpr int64_t kAhead = 8;                        // lines of the next user that are asked for in advance
+  static constexpr int64_t kStreams = 12;                     // users read at a time, by what prefetchers follow
+
+  struct Span {
+    int64_t first, last;
+  };
 
   static SPIN_INLINE F load(const char* from) { return V::load_as(from, kType); }
   // The first `count` values, zeros after them.
@@ -89,97 +94,85 @@ struct Compose {
     if (t.stream) V::fence();
   }
 
-  static SPIN_INLINE double total(F x) {
-    alignas(64) float lane[kLanes];
-    V::store(lane, x);
-    double sum = 0;
-    for (int64_t i = 0; i < kLanes; ++i) sum += lane[i];
-    return sum;
-  }
-
-  // The products of one user's gradient with kCount templates from number k.
-  template <int kCount>
-  static void dots(const ComposeTile& t, const ComposeUser& user, int64_t k) {
-    const int64_t stride = t.stride * kBytes;
-    F sum[kCount];
-#pragma GCC unroll 8
-    for (int i = 0; i < kCount; ++i) sum[i] = V::zero();
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const char *gradient = user.data + r * user.pitch * kBytes, *bank = t.bank + k * stride + r * t.pitch * kBytes;
-      int64_t j = 0;
-      for (; j + kLanes <= t.columns; j += kLanes) {
-        const F g = load(gradient + j * kBytes);
-#pragma GCC unroll 8
-        for (int i = 0; i < kCount; ++i) sum[i] = V::fma(g, load(bank + i * stride + j * kBytes), sum[i]);
-      }
-      if (j < t.columns) {
-        const F g = load_part(gradient + j * kBytes, t.columns - j);
-#pragma GCC unroll 8
-        for (int i = 0; i < kCount; ++i) {
-          sum[i] = V::fma(g, load_part(bank + i * stride + j * kBytes, t.columns - j), sum[i]);
-        }
-      }
-    }
-    for (int i = 0; i < kCount; ++i) user.dots[k + i] = total(sum[i]);
-  }
-
-  // kCount templates' gradients from number k, for kWide vectors (or a part of one) from column j of row r.
+  // kCount templates from number k, kWide vectors (or a part of one) from column j of row r, `users` from number u:
+  // adds the products of gradient and template to the users' sums, and makes the bank's gradient.
   template <int kCount, int kWide>
-  static SPIN_INLINE void spread(const ComposeTile& t, int64_t r, int64_t j, int64_t k, int64_t part) {
+  static SPIN_INLINE void gradients(const ComposeTile& t, Span users, int64_t r, int64_t j, int64_t k, int64_t part) {
+    const int64_t stride = t.stride * kBytes, step = kLanes * kBytes;
+    const char* bank = t.bank + k * stride + (r * t.pitch + j) * kBytes;
     F sum[kCount][kWide];
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int v = 0; v < kWide; ++v) sum[i][v] = V::zero();
     }
-    for (int64_t u = 0; u < t.users_count; ++u) {
+    for (int64_t u = users.first; u < users.last; ++u) {
       const ComposeUser& user = t.users[u];
       const char* gradient = user.data + (r * user.pitch + j) * kBytes;
+      float* products = t.sums + (u * t.templates + k) * kLanes;
       F g[kWide];
-#pragma GCC unroll 2
-      for (int v = 0; v < kWide; ++v) {
-        g[v] = kWide == 1 ? load_part(gradient, part) : load(gradient + v * kLanes * kBytes);
-      }
+#pragma GCC unroll 4
+      for (int v = 0; v < kWide; ++v) g[v] = kWide == 1 ? load_part(gradient, part) : load(gradient + v * step);
 #pragma GCC unroll 8
       for (int i = 0; i < kCount; ++i) {
         const F weight = V::set(user.coefficients[k + i]);
-#pragma GCC unroll 2
-        for (int v = 0; v < kWide; ++v) sum[i][v] = V::fma(weight, g[v], sum[i][v]);
+        F product = V::load(products + i * kLanes);
+#pragma GCC unroll 4
+        for (int v = 0; v < kWide; ++v) {
+          const char* x = bank + i * stride + v * step;
+          sum[i][v] = V::fma(weight, g[v], sum[i][v]);
+          product = V::fma(g[v], kWide == 1 ? load_part(x, part) : load(x), product);
+        }
+        V::store(products + i * kLanes, product);
       }
     }
     for (int i = 0; i < kCount; ++i) {  // one template after the other: windows may overlap
       char* to = reinterpret_cast<char*>(t.bank_gradient + (k + i) * t.stride + r * t.pitch + j);
+      const bool first = t.first && users.first == 0, stream = t.stream && reinterpret_cast<intptr_t>(to) % 64 == 0;
+#pragma GCC unroll 4
       for (int v = 0; v < kWide; ++v, to += kLanes * 4) {
-        F x = sum[i][v];
         const int64_t count = kWide == 1 ? part : kLanes;
-        if (!t.first) x = V::add(x, load_part<DType::kFloat32>(to, count));
-        store_part<DType::kFloat32>(to, x, count);
+        if (!first) {
+          store_part<DType::kFloat32>(to, V::add(sum[i][v], load_part<DType::kFloat32>(to, count)), count);
+        } else if (kWide > 1 && stream) {
+          V::stream(to, sum[i][v]);
+        } else {
+          store_part<DType::kFloat32>(to, sum[i][v], count);
+        }
       }
     }
   }
 
-  template <int kCount>
-  static void templates(const ComposeTile& t, int64_t k) {
-    for (int64_t u = 0; u < t.users_count; ++u) {
-      if (k == 0 && u + 1 < t.users_count) {
-        for (int64_t line = 0; line < kAhead; ++line) __builtin_prefetch(t.users[u + 1].data + line * 64);
-      }
-      dots<kCount>(t, t.users[u], k);
+  template <int kWide>
+  static void block(const ComposeTile& t, Span users, int64_t r, int64_t j, int64_t part) {
+    for (int64_t k = 0; k < t.templates; k += kTemplates) some<1, kWide>(t, users, r, j, k, part);
+  }
+
+  // kCount templates or more, as many as registers hold.
+  template <int kCount, int kWide>
+  static SPIN_INLINE void some(const ComposeTile& t, Span users, int64_t r, int64_t j, int64_t k, int64_t part) {
+    if constexpr (kCount < kTemplates) {
+      if (t.templates - k > kCount) return some<kCount + 1, kWide>(t, users, r, j, k, part);
     }
-    for (int64_t r = 0; r < t.rows; ++r) {
-      int64_t j = 0;
-      for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes) spread<kCount, 2>(t, r, j, k, kLanes);
-      for (; j < t.columns; j += kLanes) {
-        spread<kCount, 1>(t, r, j, k, t.columns - j < kLanes ? t.columns - j : kLanes);
-      }
-    }
+    gradients<kCount, kWide>(t, users, r, j, k, part);
   }
 
   static void backward(const ComposeTile& t) {
-    int64_t k = 0;
-    for (; k + kTemplates <= t.templates; k += kTemplates) templates<kTemplates>(t, k);
-    for (; k + 2 <= t.templates; k += 2) templates<2>(t, k);
-    if (k < t.templates) templates<1>(t, k);
+    const int64_t count = t.users_count * t.templates;
+    for (int64_t i = 0; i < count; ++i) V::store(t.sums + i * kLanes, V::zero());
+    for (int64_t u = 0; u < t.users_count; u += kStreams) {
+      const Span users{u, t.users_count - u < kStreams ? t.users_count : u + kStreams};
+      for (int64_t r = 0; r < t.rows; ++r) {
+        int64_t j = 0;
+        for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes) block<2>(t, users, r, j, kLanes);
+        for (; j < t.columns; j += kLanes) block<1>(t, users, r, j, t.columns - j < kLanes ? t.columns - j : kLanes);
+      }
+    }
+    if (t.stream) V::fence();
+    for (int64_t i = 0; i < count; ++i) {
+      t.products[i] = 0;
+      for (int64_t lane = 0; lane < kLanes; ++lane) t.products[i] += t.sums[i * kLanes + lane];
+    }
   }
 };
 

@@ -172,7 +172,6 @@ struct ComposeUser {
   char* data;  // forward the result, backward its gradient; where the tile begins
   int64_t pitch;
   const float* coefficients;  // one per template
-  double* dots;               // backward: <gradient, template>, one per template
 };
 struct ComposeTile {
   const char* bank;  // the first template, where the tile begins
@@ -181,9 +180,12 @@ struct ComposeTile {
   int64_t rows, columns, pitch;
   const ComposeUser* users;
   int64_t users_count;
-  bool stream;           // results go past the caches; float32 only
+  bool stream;  // what is written goes past the caches; results in float32 only
+  // Backward.
   float* bank_gradient;  // like `bank`
   bool first;            // it is written, else added to
+  float* sums;           // scratch, a vector for each
+  double* products;      // <gradient, template>: [user][template]
 };
 
 struct Kernels {
