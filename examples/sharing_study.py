@@ -1,6 +1,6 @@
 """What sharing costs and what it gains, on 5,000 MNIST digits: the questions of SPIN (arXiv 2207.10237) in small.
 
-``pip install -e '.[examples]' && python examples/sharing_study.py OUT``: three seeds of 19 networks, minutes on two
+``pip install -e '.[examples]' && python examples/sharing_study.py OUT``: three seeds of 18 networks, minutes on two
 cores; writes OUT.json and OUT.png. Half of the digits are held out, so that a tenth of a per cent is 2.5 digits.
 All networks are ConvMixers of 8 blocks on 7 x 7 tokens and see the same digits in the same order.
 """

@@ -45,6 +45,8 @@ def info(
         summary = summarise(network, (side, side))
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--image-size") from None
+    if plot:
+        _check_plot(plot)
     _show(model, summary)
     if plot:
         _save(_map(summary, model), plot)
@@ -61,6 +63,7 @@ def analyze(
     plot: Annotated[Path, typer.Option(help="The heat map.")] = Path("similarity.png"),
 ) -> None:
     """How alike the blocks of two networks are (linear CKA), say of a shared and an unshared one, as a heat map."""
+    _check_plot(plot)
     pair = []
     for name, path, hint in ((model, weights, "--weights"), (other, other_weights, "--other-weights")):
         network = _create(name, "MODEL" if hint == "--weights" else "OTHER").eval()
@@ -160,8 +163,17 @@ def _heat_map(similarity: Tensor, model: str, other: str) -> Figure:
     return figure
 
 
+def _check_plot(path: Path) -> None:
+    if path.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise typer.BadParameter(f"expected a .png, .pdf or .svg file, got {str(path)!r}", param_hint="--plot")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise typer.BadParameter(f"expected a file that can be written, got {error}", param_hint="--plot") from None
+
+
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     print(f"wrote {path}")
 

@@ -30,7 +30,7 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     Raises:
         ValueError: their first dimensions differ, or are below 2.
     """
-    if x.shape[:1] != y.shape[:1] or x.dim() == 0 or len(x) < 2:
+    if min(x.dim(), y.dim()) < 2 or len(x) != len(y) or len(x) < 2:
         raise ValueError(
             f"x, y: expected features of the same images, two or more, got shapes {tuple(x.shape)} and {tuple(y.shape)}"
         )

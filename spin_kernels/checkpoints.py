@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import pickle
+import io
+import pickletools
+import re
+import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,10 @@ from torch import Tensor
 
 # Where training programs put the model: ml-spin (SlowFast), ConvMixer's authors and timm, and others.
 _WRAPPERS = ("model_state", "state_dict", "model")
-# What torch says of a pickle that asks for more than tensors; it says the same first line of damaged ones.
-_OF_FOREIGN_OBJECTS = ("allowed global", "unsupported global", "unsupported class", "unrecognized function")
+# Modules and names in a state dict's pickle.
+_OF_TENSORS = re.compile(
+    r"torch \w+$|torch\._\w+ |torch\.(storage|serialization) |collections OrderedDict|_codecs encode"
+)
 
 
 def load(path: str | Path) -> dict[str, Tensor]:
@@ -38,6 +44,8 @@ def load(path: str | Path) -> dict[str, Tensor]:
             state = state[name]
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"load: expected a state dict in {str(path)!r}, got {_describe(state)}")
+    if any(not isinstance(name, str) for name in state):
+        raise ValueError(f"load: expected names as keys in {str(path)!r}, got {_describe(state)}")
     if all(name.startswith("module.") for name in state):
         return {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return dict(state)
@@ -58,15 +66,46 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 def _read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if not any(words in str(error).lower() for words in _OF_FOREIGN_OBJECTS):
-            raise _damaged(path, error) from error
-        raise ValueError(
-            f"load: expected tensors only in {str(path)!r}, got other Python objects, which could run code; save its "
-            "state_dict() where you trust it, and load that"
-        ) from error
-    except (EOFError, OSError, RuntimeError, ValueError, KeyError, IndexError) as error:
+    except Exception as error:  # torch lets through whatever damaged bytes cause: struct.error, AssertionError, ...
+        foreign, protocol = _scan(path)
+        if foreign:
+            raise ValueError(
+                f"load: expected tensors only in {str(path)!r}, got other Python objects ({foreign}), which could run "
+                "code; save its state_dict() where you trust it, and load that"
+            ) from error
+        if protocol > 3:
+            raise ValueError(
+                f"load: expected a file of torch.save's own pickle protocol 2 in {str(path)!r}, got protocol "
+                f"{protocol}; save it again without pickle_protocol="
+            ) from error
         raise _damaged(path, error) from error
+
+
+def _scan(path: Path) -> tuple[str, int]:
+    """What a pickle names but tensors do not need, "" if nothing, and its protocol; reads, and runs nothing."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                data = archive.read(next(name for name in archive.namelist() if name.endswith("data.pkl")))
+        else:
+            data = path.read_bytes()
+    except (OSError, StopIteration, zipfile.BadZipFile, zlib.error):
+        return "", 0
+    protocol, strings = 0, [""]
+    stream = io.BytesIO(data)  # a file of torch.save's old format is several pickles, one after the other
+    try:
+        while stream.tell() < len(data):
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name == "PROTO":
+                    protocol = max(protocol, argument)
+                elif isinstance(argument, str) and "GLOBAL" not in opcode.name:
+                    strings = [*strings[-1:], argument]
+                name = {"GLOBAL": argument, "INST": argument, "STACK_GLOBAL": " ".join(strings)}.get(opcode.name, "")
+                if name and not _OF_TENSORS.match(name):
+                    return name.replace(" ", "."), protocol
+    except Exception:  # the pickles end here, in storage or in damage
+        pass
+    return "", protocol
 
 
 def _damaged(path: Path, error: Exception) -> ValueError:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from . import fusion
 from .checkpoints import load
+from .foreign import ML_SPIN, SEQUENTIAL, TIMM, StateReader, layer_name, read_mixer, read_model
 from .models import ConvMixer, convmixer
-from .nn import FusedMixer
+from .nn import SharedMixer
 from .sharing import Sharing
 
 __all__ = ["accelerate", "from_ml_spin", "from_timm", "load", "to_timm"]
@@ -34,141 +35,6 @@ _ACTIVATION_LAYERS: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
 }
 
-# The names of layers: {d} is a block or a distinct pointwise matrix, {n} = d + 3.
-_TIMM = {
-    "conv": "stem.0",
-    "bn": "stem.2",
-    "act": "stem.1",
-    "dw": "blocks.{d}.0.fn.0",
-    "dw_act": "blocks.{d}.0.fn.1",
-    "dw_bn": "blocks.{d}.0.fn.2",
-    "pw_weight": "blocks.{d}.1.weight",
-    "pw_bias": "blocks.{d}.1.bias",
-    "pw_act": "blocks.{d}.2",
-    "pw_bn": "blocks.{d}.3",
-    "head": "head",
-}
-# The authors' nn.Sequential: stem, blocks, average pooling, Flatten, head (the last layer, so its name is not here).
-_SEQUENTIAL = {
-    "conv": "0",
-    "act": "1",
-    "bn": "2",
-    "dw": "{n}.0.fn.0",
-    "dw_act": "{n}.0.fn.1",
-    "dw_bn": "{n}.0.fn.2",
-    "pw_weight": "{n}.1.weight",
-    "pw_bias": "{n}.1.bias",
-    "pw_act": "{n}.2",
-    "pw_bn": "{n}.3",
-}
-_ML_SPIN = {
-    "conv": "patch_embed.conv",
-    "bn": "patch_embed.bn",
-    "dw": "blocks.{d}.dwise_blk.0",
-    "dw_bn": "blocks.{d}.dwise_blk.2",
-    "pw_weight": "pwise_w.{d}",
-    "pw_bias": "pwise_b.{d}",
-    "pw_bn": "blocks.{d}.bn2",
-    "pw_reduction": "reduction_w.{d}",
-    "head": "head.fc",
-}
-
-
-class _Checkpoint:
-    """A state dict that is read key by key; every message names the key, what was expected and what came."""
-
-    def __init__(self, state: Any, source: str) -> None:
-        if not isinstance(state, Mapping):
-            raise TypeError(f"{source}: expected a state dict, got {type(state).__name__}")
-        if any(not isinstance(key, str) for key in state):
-            raise TypeError(f"{source}: expected a state dict with names for keys, got other keys")
-        self.state, self.source = dict(state), source
-        self.unread = set(self.state)
-
-    def take(self, key: str, *shape: int) -> Tensor:
-        """The tensor at ``key``; -1 in ``shape`` stands for any size."""
-        expected = str(shape).replace("-1", "any")
-        if key not in self.state:
-            raise ValueError(f"{self.source}: expected key {key!r} with shape {expected}, got a checkpoint without it")
-        value = self.state[key]
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{self.source}: expected a tensor at key {key!r}, got {type(value).__name__}")
-        if value.dim() != len(shape) or any(n not in (-1, m) for n, m in zip(shape, value.shape, strict=True)):
-            raise ValueError(f"{self.source}: expected shape {expected} at key {key!r}, got {tuple(value.shape)}")
-        self.unread.discard(key)
-        return value.detach()
-
-    def indices(self, prefix: str) -> set[int]:
-        """The numbers d of the keys ``<prefix>.<d>`` and ``<prefix>.<d>.<...>``."""
-        tails = (key[len(prefix) + 1 :].split(".")[0] for key in self.state if key.startswith(prefix + "."))
-        return {int(tail) for tail in tails if tail.isdecimal()}
-
-    def expect_count(self, prefix: str, count: int, why: str) -> None:
-        """Checks that ``<prefix>.0`` to ``<prefix>.<count-1>`` are there and no others."""
-        found = self.indices(prefix)
-        if found != set(range(count)):
-            got = ", ".join(map(str, sorted(found))) or "none"
-            raise ValueError(f"{self.source}: expected keys {prefix}.0 to {prefix}.{count - 1} ({why}), got {got}")
-
-    def batch_norm(self, prefix: str, dim: int) -> tuple[Tensor, Tensor]:
-        """BatchNorm's (gamma, beta) and (running mean, running variance), (2, dim) each."""
-        self.unread.discard(f"{prefix}.num_batches_tracked")  # the mixer has one for all
-        names = (("weight", "bias"), ("running_mean", "running_var"))
-        affine, running = (torch.stack([self.take(f"{prefix}.{name}", dim) for name in pair]) for pair in names)
-        return affine, running
-
-    def finish(self) -> None:
-        if self.unread:
-            raise ValueError(
-                f"{self.source}: expected no other keys, got {min(self.unread)!r}"
-                + (f" and {len(self.unread) - 1} more" if len(self.unread) > 1 else "")
-            )
-
-
-def _name(names: dict[str, str], part: str, d: int) -> str:
-    return names[part].format(d=d, n=d + 3)
-
-
-def _load(model: ConvMixer, checkpoint: _Checkpoint, names: dict[str, str]) -> ConvMixer:
-    """Fills the model from a checkpoint whose layers are called ``names``."""
-    mixer, conv = model.mixer, model.patch_embed.conv
-    dim, k = mixer.dim, mixer.kernel_size
-    state = {
-        f"patch_embed.conv.{name}": checkpoint.take(f"{names['conv']}.{name}", *tensor.shape)
-        for name, tensor in conv.named_parameters()
-    }
-    state |= {
-        f"head.fc.{name}": checkpoint.take(f"{names['head']}.{name}", *tensor.shape)
-        for name, tensor in model.head.fc.named_parameters()
-    }
-    (gamma, beta), (mean, var) = checkpoint.batch_norm(names["bn"], dim)
-    norm = {"weight": gamma, "bias": beta, "running_mean": mean, "running_var": var}
-    state |= {f"patch_embed.bn.{name}": tensor for name, tensor in norm.items()}
-
-    depthwise = [_name(names, "dw", d) for d in range(mixer.depth)]
-    filters = [checkpoint.take(f"{name}.weight", dim, 1, k, k) for name in depthwise]
-    state["mixer.dw_weight"] = torch.cat(filters, 1).transpose(0, 1)
-    state["mixer.dw_bias"] = torch.stack([checkpoint.take(f"{name}.bias", dim) for name in depthwise])
-    for kind, shape in (("weight", (dim, dim, 1, 1)), ("bias", (dim,))):
-        keys = [_name(names, f"pw_{kind}", s) for s in range(len(mixer.pw_weight))]
-        state[f"mixer.pw_{kind}"] = torch.stack([checkpoint.take(key, *shape) for key in keys])
-    state["mixer.pw_weight"] = state["mixer.pw_weight"].flatten(2)
-    if isinstance(mixer, FusedMixer) and mixer.pw_reduction is not None:
-        columns = mixer.pw_reduction.shape[1]
-        rows = [checkpoint.take(_name(names, "pw_reduction", d), columns) for d in range(mixer.depth)]
-        state["mixer.pw_reduction"] = torch.stack(rows)
-    for half in ("dw", "pw"):
-        pairs = [checkpoint.batch_norm(_name(names, f"{half}_bn", d), dim) for d in range(mixer.depth)]
-        state[f"mixer.{half}_affine"], state[f"mixer.{half}_running"] = map(torch.stack, zip(*pairs, strict=True))
-
-    for target, norm in (("patch_embed.bn", names["bn"]), ("mixer", _name(names, "pw_bn", 0))):
-        batches = checkpoint.state.get(f"{norm}.num_batches_tracked", 0)
-        state[f"{target}.num_batches_tracked"] = torch.as_tensor(batches)
-    checkpoint.finish()
-    first = state["patch_embed.conv.weight"]
-    model.to(first.device, first.dtype).load_state_dict(state)
-    return model
-
 
 def from_timm(model: nn.Module | Mapping[str, Tensor], *, activation: str | None = None) -> ConvMixer:
     """The :class:`~spin_kernels.models.ConvMixer` with the weights of timm's ConvMixer, or of its authors'.
@@ -189,58 +55,97 @@ def from_timm(model: nn.Module | Mapping[str, Tensor], *, activation: str | None
 
 def _from_timm(model: nn.Module | Mapping[str, Tensor], activation: str | None, caller: str) -> ConvMixer:
     module = model if isinstance(model, nn.Module) else None
-    checkpoint = _Checkpoint(model if module is None else module.state_dict(), caller)
-    names = _TIMM
-    depth = max(checkpoint.indices("blocks"), default=0) + 1
-    if "0.weight" in checkpoint.state:
-        head = max(int(key.split(".")[0]) for key in checkpoint.state if key.split(".")[0].isdecimal())
-        names, depth = _SEQUENTIAL | {"head": str(head)}, max(head - 5, 1)
-    dim, in_channels, patch, _ = checkpoint.take(f"{names['conv']}.weight", -1, -1, -1, -1).shape
-    if names is _TIMM:
-        checkpoint.expect_count("blocks", depth, f"depth {depth}")
-    kernel_size = checkpoint.take(_name(names, "dw", 0) + ".weight", dim, 1, -1, -1).shape[2]
-    num_classes = checkpoint.take(f"{names['head']}.weight", -1, dim).shape[0]
+    reader = StateReader(model if module is None else module.state_dict(), caller)
+    names = TIMM
+    depth = max(reader.indices("blocks"), default=0) + 1
+    if "0.weight" in reader.state:
+        head = max(int(key.split(".")[0]) for key in reader.state if key.split(".")[0].isdecimal())
+        names, depth = SEQUENTIAL | {"head": str(head)}, max(head - 5, 1)
+    dim, in_channels, patch, _ = reader.take(f"{names['conv']}.weight", -1, -1, -1, -1).shape
+    if names is TIMM:
+        reader.expect_count("blocks", depth, f"depth {depth}")
+    kernel_size = _kernel_size(reader, names, dim)
+    num_classes = reader.take(f"{names['head']}.weight", -1, dim).shape[0]
     if module is None:
         if activation is None:
             raise ValueError(f"{caller}: expected activation= beside a state dict, which has no record of it, got None")
         result = convmixer(dim, depth, kernel_size, patch, None, 0, in_channels, num_classes, activation)
-        return _load(result, checkpoint, names)
+        return read_model(result, reader, names)
 
     parts = dict(module.named_modules())
-    found = _timm_activation([parts.get(names["act"]), *_parts_of_blocks(parts, names, "act", depth)], caller)
-    if activation not in (None, found):
-        raise ValueError(f"{caller}: expected activation {found!r}, as in the model, got {activation!r}")
-    pool = getattr(parts.get("pooling"), "pool_type", "avg")
-    if pool != "avg":
-        raise ValueError(f"{caller}: expected average pooling before the head, got {pool!r}")
-    conv = parts[names["conv"]]
-    result = convmixer(
-        dim,
-        depth,
-        kernel_size,
-        patch,
-        conv.stride[0],
-        conv.padding[0],
-        in_channels,
-        num_classes,
-        found,
-        drop_rate=getattr(parts.get("head_drop"), "p", 0.0),
-    )
-    norms = _parts_of_blocks(parts, names, "bn", depth)
-    for target, sources in ((result.patch_embed.bn, [parts[names["bn"]]]), (result.mixer, norms)):
-        for name in ("eps", "momentum"):
-            values = {getattr(norm, name) for norm in sources}
-            if len(values) > 1:
-                raise ValueError(f"{caller}: expected one BatchNorm {name} in all blocks, got {sorted(values)}")
-            setattr(target, name, values.pop())
-    return _load(result, checkpoint, names).train(module.training)
+    if len({part.training for part in parts.values()}) > 1:
+        raise ValueError(f"{caller}: expected all parts of the model in one mode, got some in training mode")
+    stem = [parts.get(names[part]) for part in ("conv", "act", "bn")]
+    settings = _block_settings(parts, names, depth, caller)
+    found = _activation([stem[1]], caller)
+    if found != settings["activation"] or activation not in (None, found):
+        given = settings["activation"] if activation in (None, found) else activation
+        raise ValueError(f"{caller}: expected activation {found!r}, as in the model's stem, got {given!r}")
+    for name in ("global_pool", "pooling"):  # as timm calls it today, and as it did
+        pool = getattr(parts.get(name), "pool_type", "avg")
+        if pool != "avg":
+            raise ValueError(f"{caller}: expected average pooling before the head, got {pool!r}")
+    conv, norm = stem[0], _batch_norms([(names["bn"], stem[2])], caller)
+    _check_convolution(names["conv"], conv, {"dilation": (1, 1), "padding_mode": "zeros", "groups": 1}, caller)
+    for name in ("stride", "padding"):
+        value = getattr(conv, name)
+        if isinstance(value, str) or value[0] != value[1]:
+            raise ValueError(f"{caller}: expected one {name} for both sides at {names['conv']!r}, got {value!r}")
+    drop_rate = getattr(parts.get("head_drop"), "p", 0.0)
+    sizes = (dim, depth, kernel_size, patch, conv.stride[0], conv.padding[0], in_channels, num_classes, found)
+    result = convmixer(*sizes, drop_rate=drop_rate)
+    result.patch_embed.bn.eps, result.patch_embed.bn.momentum = norm["eps"], norm["momentum"]
+    result.mixer.eps, result.mixer.momentum = settings["eps"], settings["momentum"]
+    return read_model(result, reader, names).train(module.training)
 
 
-def _parts_of_blocks(parts: dict[str, nn.Module], names: dict[str, str], part: str, depth: int) -> list[nn.Module]:
-    return [parts.get(_name(names, f"{half}_{part}", d)) for d in range(depth) for half in ("dw", "pw")]
+def _kernel_size(reader: StateReader, names: dict[str, str], dim: int) -> int:
+    key = layer_name(names, "dw", 0) + ".weight"
+    kernel_size = reader.take(key, dim, 1, -1, -1).shape[2]
+    if kernel_size % 2 == 0:
+        raise ValueError(f"{reader.source}: expected an odd kernel size at key {key!r}, got {kernel_size}")
+    return kernel_size
 
 
-def _timm_activation(modules: list[nn.Module | None], caller: str) -> str:
+def _block_settings(parts: dict[str, nn.Module], names: dict[str, str], depth: int, caller: str) -> dict[str, Any]:
+    """activation, eps and momentum of the blocks, which have to agree; convolutions have to be those of a ConvMixer."""
+    halves = [(half, d) for d in range(depth) for half in ("dw", "pw")]
+    for half, d in halves:
+        name = layer_name(names, half, d) if half == "dw" else layer_name(names, "pw_weight", d).removesuffix(".weight")
+        conv = parts.get(name)
+        expected: dict[str, Any] = {"stride": (1, 1), "dilation": (1, 1), "padding_mode": "zeros"}
+        _check_convolution(name, conv, expected, caller)
+        if half == "dw" and conv.padding not in ("same", tuple(side // 2 for side in conv.kernel_size)):
+            raise ValueError(f"{caller}: expected padding 'same' at {name!r}, got {conv.padding!r}")
+    named = [layer_name(names, f"{half}_bn", d) for half, d in halves]
+    activation = _activation([parts.get(layer_name(names, f"{half}_act", d)) for half, d in halves], caller)
+    return {"activation": activation, **_batch_norms([(name, parts.get(name)) for name in named], caller)}
+
+
+def _check_convolution(name: str, conv: nn.Module | None, expected: dict[str, Any], caller: str) -> None:
+    if not isinstance(conv, nn.Conv2d):
+        raise ValueError(f"{caller}: expected a Conv2d at {name!r}, got {type(conv).__name__}")
+    for key, value in expected.items():
+        if getattr(conv, key) != value:
+            raise ValueError(f"{caller}: expected {key} {value!r} at {name!r}, got {getattr(conv, key)!r}")
+
+
+def _batch_norms(norms: list[tuple[str, nn.Module | None]], caller: str) -> dict[str, Any]:
+    """eps and momentum of BatchNorms that agree, and that normalise with running statistics and an affine."""
+    found: dict[str, Any] = {}
+    for name, norm in norms:
+        if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or not norm.track_running_stats:
+            raise ValueError(
+                f"{caller}: expected a BatchNorm2d with running statistics and an affine at {name!r}, got {norm!r}"
+            )
+        for key in ("eps", "momentum"):
+            value = getattr(norm, key)
+            if found.setdefault(key, value) != value:
+                raise ValueError(f"{caller}: expected one BatchNorm {key} in all blocks, got {found[key]} and {value}")
+    return found
+
+
+def _activation(modules: list[nn.Module | None], caller: str) -> str:
     names = {
         _ACTIVATION_CLASSES.get(type(module).__name__, type(module).__name__)
         + ("_tanh" if getattr(module, "approximate", None) == "tanh" else "")
@@ -322,17 +227,17 @@ def _timm_state(model: ConvMixer) -> dict[str, Tensor]:
     state = {}
     for ours, theirs in (("patch_embed.conv", "conv"), ("patch_embed.bn", "bn"), ("head.fc", "head")):
         layer = model.get_submodule(ours).state_dict()
-        state |= {f"{_TIMM[theirs]}.{name}": tensor for name, tensor in layer.items()}
+        state |= {f"{TIMM[theirs]}.{name}": tensor for name, tensor in layer.items()}
     for d in range(mixer.depth):
-        state[_name(_TIMM, "dw", d) + ".weight"] = filters[filter_index[d]][:, None]
-        state[_name(_TIMM, "dw", d) + ".bias"] = dw_bias[d]
-        state[_name(_TIMM, "pw_weight", d)] = matrices[d][:, :, None, None]
-        state[_name(_TIMM, "pw_bias", d)] = pw_bias[d]
+        state[layer_name(TIMM, "dw", d) + ".weight"] = filters[filter_index[d]][:, None]
+        state[layer_name(TIMM, "dw", d) + ".bias"] = dw_bias[d]
+        state[layer_name(TIMM, "pw_weight", d)] = matrices[d][:, :, None, None]
+        state[layer_name(TIMM, "pw_bias", d)] = pw_bias[d]
         for half in ("dw", "pw"):
             affine, running = getattr(mixer, f"{half}_affine")[d], getattr(mixer, f"{half}_running")[d]
             norm = dict(zip(("weight", "bias", "running_mean", "running_var"), (*affine, *running), strict=True))
             norm["num_batches_tracked"] = mixer.num_batches_tracked
-            state |= {f"{_name(_TIMM, f'{half}_bn', d)}.{name}": tensor for name, tensor in norm.items()}
+            state |= {f"{layer_name(TIMM, f'{half}_bn', d)}.{name}": tensor for name, tensor in norm.items()}
     return state
 
 
@@ -340,22 +245,44 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Swaps the blocks of a timm ConvMixer for one :class:`~spin_kernels.nn.SharedMixer`, in place.
 
     Args:
-        model: a ``timm.models.convmixer.ConvMixer``, in any mode, dtype and on any device. Its stem, head and methods
-            stay as they are; parameters of the blocks are new ones, so make optimizers afterwards.
+        model: a ``timm.models.convmixer.ConvMixer``, in any mode, dtype and on any device. Its stem, pooling and head
+            stay what they are.
 
     Returns:
-        ``model``.
+        ``model``. Its parameters ``blocks.0.*`` are new ones, with the requires_grad of those that they replace: make
+        optimizers afterwards, and leave all but ``blocks.0.dw_weight`` and ``blocks.0.pw_weight`` without weight decay
+        (``model.blocks[0].no_weight_decay()``). All blocks count as one in ``forward_intermediates``.
 
     Raises:
-        TypeError, ValueError: it is no ConvMixer of timm, or one that :func:`from_timm` cannot express; nothing has
-            changed then.
+        TypeError, ValueError: it is no ConvMixer of timm, or its blocks cannot be expressed, or they differ in mode or
+            requires_grad; nothing has changed then.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate: expected a ConvMixer of timm, got {type(model).__name__}")
-    if isinstance(model, nn.Sequential):
-        raise TypeError("accelerate: expected a ConvMixer of timm, got Sequential; convert.from_timm reads that")
-    mixer = _from_timm(model, None, "accelerate").mixer
-    model.blocks = nn.Sequential(mixer)
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(model, nn.Module) or not isinstance(blocks, nn.Sequential):
+        hint = "; convert.from_timm reads that" if isinstance(model, nn.Sequential) else ""
+        raise TypeError(f"accelerate: expected a ConvMixer of timm, got {type(model).__name__}{hint}")
+    state = model.state_dict()
+    reader = StateReader({key: state[key] for key in state if key.startswith("blocks.")}, "accelerate")
+    dim = reader.take("blocks.0.0.fn.0.weight", -1, 1, -1, -1).shape[0]
+    kernel_size = _kernel_size(reader, TIMM, dim)
+    settings = _block_settings(dict(model.named_modules()), TIMM, len(blocks), "accelerate")
+    if len(modes := {part.training for part in blocks.modules()}) > 1:
+        raise ValueError("accelerate: expected all parts of the blocks in one mode, got some in training mode")
+    mixer = read_mixer(SharedMixer(dim, len(blocks), kernel_size, **settings), reader, TIMM)
+    reader.finish()
+    trained = dict(model.named_parameters())
+    for name, parameter in mixer.named_parameters():
+        half, kind = name.split("_")
+        part = f"{half}_bn" if kind == "affine" else half if half == "dw" else f"{half}_{kind}"
+        flags = set()
+        for d in range(mixer.depth):
+            theirs = layer_name(TIMM, part, d)
+            keys = (f"{theirs}.weight", f"{theirs}.bias") if kind == "affine" else (f"{theirs}.{kind}", theirs)
+            flags |= {trained[key].requires_grad for key in keys if key in trained}
+        if len(flags) > 1:
+            raise ValueError(f"accelerate: expected one requires_grad for what becomes {name}, got both")
+        parameter.requires_grad_(flags.pop())
+    model.blocks = nn.Sequential(mixer).train(modes.pop())
     return model
 
 
@@ -400,7 +327,7 @@ def from_ml_spin(
     """
     if isinstance(state_dict, Mapping) and isinstance(state_dict.get("model_state"), Mapping):
         state_dict = state_dict["model_state"]
-    checkpoint = _Checkpoint(state_dict, "from_ml_spin")
+    checkpoint = StateReader(state_dict, "from_ml_spin")
     weighted = reduction in ("scalar_weighted_mean", "channel_weighted_mean")
     if not weighted and (found := checkpoint.indices("reduction_w")):
         raise ValueError(
@@ -431,5 +358,7 @@ def from_ml_spin(
         sharing=sharing if reduction is None else None,
     )
     if reduction is not None:
-        model = fusion.prepare(model, sharing, reduction, groups="consecutive")
-    return _load(model, checkpoint, _ML_SPIN)
+        # The published code has uniform plans only; elsewhere runs of blocks would not match the plan.
+        groups = "consecutive" if distribution == "uniform" else "sharing"
+        model = fusion.prepare(model, sharing, reduction, groups)
+    return read_model(model, checkpoint, ML_SPIN)

@@ -87,6 +87,9 @@ def _replaced(model: Model, old: SharedMixer, new: SharedMixer, changed: dict) -
     state = {name: tensor for name, tensor in old.state_dict().items() if name in new.state_dict()}
     new.load_state_dict(state | {name: t for name, t in changed.items() if t is not None}, strict=False)
     new.train(old.training)
+    trained = {name: p.requires_grad for name, p in old.named_parameters()}
+    for name, parameter in new.named_parameters():
+        parameter.requires_grad_(trained.get(name, True))
     if model is old:
         return new
     result = copy.deepcopy(model, {id(old): new})

@@ -43,6 +43,8 @@ class Sharing:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not isinstance(self.seed, int):  # None would draw anew at every look at `index`
+            raise ValueError(f"seed: expected an integer, got {self.seed!r}")
         for name in ("depth", "rate"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -57,7 +59,11 @@ class Sharing:
                     f"shared_depth: expected None for a uniform distribution, got {self.shared_depth!r}; "
                     "choose front, middle or back to share across a part of the blocks"
                 )
-        elif not isinstance(self.shared_depth, int) or not 1 <= self.shared_depth <= self.depth:
+        elif (
+            not isinstance(self.shared_depth, int)
+            or self.shared_depth is True
+            or not 1 <= self.shared_depth <= self.depth
+        ):
             raise ValueError(
                 f"shared_depth: expected an integer from 1 to depth={self.depth} when the distribution is "
                 f"{self.distribution}, got {self.shared_depth!r}"

@@ -52,7 +52,7 @@ class Summary:
     def map(self) -> str:
         """The sharing plans as text: a row per distinct weight, a column per block."""
         blocks = range(len(self.plans["W"]))
-        tens = "".join(str(d // 10) if d and d % 10 == 0 else " " for d in blocks)
+        tens = "".join(str(d // 10 % 10) if d and d % 10 == 0 else " " for d in blocks)
         rows = [f"{'block':>6} {tens}".rstrip(), " " * 7 + "".join(str(d % 10) for d in blocks)]
         for kind, index in self.plans.items():
             for s in range(max(index) + 1):

@@ -85,6 +85,8 @@ def test_refusals():
     model, images = network(), torch.randn(4, 3, 16, 16)
     with pytest.raises(ValueError, match="x, y: expected features of the same images"):
         linear_cka(torch.randn(4, 3), torch.randn(5, 3))
+    with pytest.raises(ValueError, match="x, y: expected features of the same images"):
+        linear_cka(torch.randn(4), torch.randn(4))
     with pytest.raises(ValueError, match=r"images: expected two or more, got shape \(1, 3, 16, 16\)"):
         block_similarity(model, model, images[:1])
     with pytest.raises(ValueError, match="batch: expected a positive number of images, got 0"):

@@ -57,9 +57,15 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, new_format):
     )
     with pytest.raises(ValueError, match=r"^load: expected tensors only in .*m.pth', got other Python objects"):
         convert.load(tmp_path / "m.pth")
-    (tmp_path / "m.pkl").write_bytes(pickle.dumps(Malicious(trap)))
-    with pytest.raises(ValueError, match=r"^load: expected "):
-        convert.load(tmp_path / "m.pkl")
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "m.pkl").write_bytes(pickle.dumps(Malicious(trap), protocol))
+        with pytest.raises(
+            ValueError, match=r"^load: expected tensors only in .*m.pkl', got other Python objects \(.*\)"
+        ):
+            convert.load(tmp_path / "m.pkl")
+        torch.save({"hook": Malicious(trap)}, tmp_path / "m.pth", pickle_protocol=protocol) if protocol > 1 else None
+        with pytest.raises(ValueError, match=r"^load: expected tensors only in .*m.pth'"):
+            convert.load(tmp_path / "m.pth")
     assert not trap.exists()
 
 
@@ -78,6 +84,45 @@ def test_damaged_files(tmp_path, name):
     path.write_bytes(b"\x00garbage\xff" * 100)
     with pytest.raises(ValueError, match=r"^load: expected "):
         convert.load(path)
+
+
+def test_every_truncation_of_the_old_format(tmp_path):
+    path = tmp_path / "m.pth"
+    torch.save({"weight": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"^load: expected a whole checkpoint in .*, got a damaged one"):
+            convert.load(path)
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_another_pickle_protocol_is_named_or_read(tmp_path, new_format):
+    for protocol in (2, 3, 4, 5):
+        path = tmp_path / f"{protocol}.pth"
+        torch.save(STATE, path, pickle_protocol=protocol, _use_new_zipfile_serialization=new_format)
+        try:
+            assert_same(convert.load(path))
+        except ValueError as error:
+            refusal, refused = str(error), protocol
+            break
+    else:
+        return
+    assert refused > 3
+    assert refusal.startswith("load: expected a file of torch.save's own pickle protocol 2")
+    assert f"got protocol {refused}; save it again" in refusal
+
+
+def test_a_pickled_module_is_other_objects(tmp_path):
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=r"got other Python objects \(torch.nn.modules.linear.Linear\)"):
+        convert.load(tmp_path / "m.pth")
+
+
+def test_keys_that_are_no_names(tmp_path):
+    torch.save({0: torch.zeros(3)}, tmp_path / "m.pth")
+    with pytest.raises(ValueError, match=r"^load: expected names as keys in .*, got a dictionary with keys 0"):
+        convert.load(tmp_path / "m.pth")
 
 
 def test_files_without_a_state_dict(tmp_path):

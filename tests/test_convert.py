@@ -147,7 +147,7 @@ def test_errors_name_the_authors_keys(key, message):
 def test_a_checkpoint_that_is_no_convmixer():
     with pytest.raises(ValueError, match=r"from_timm: expected"):
         convert.from_timm(nn.Sequential(nn.Conv2d(3, 8, 2), nn.Linear(8, 3)))
-    with pytest.raises(TypeError, match="from_timm: expected a state dict with names for keys"):
+    with pytest.raises(TypeError, match="from_timm: expected names as keys of the state dict, got 0"):
         convert.from_timm({0: torch.zeros(1)}, activation="gelu")
 
 
@@ -252,6 +252,22 @@ def _with(key, value):
         ),
         (_with("head.fc.weight", torch.zeros(6, 8)), ValueError, r"\(5, 8\) at key 'head.fc.weight', got \(6, 8\)"),
         (_with("head.fc.bias", [0.0]), TypeError, "expected a tensor at key 'head.fc.bias', got list"),
+        (
+            _with("blocks.0.bn2.num_batches_tracked", torch.zeros(2)),
+            TypeError,
+            r"expected one integer at key 'blocks.0.bn2.num_batches_tracked', got shape \(2,\)",
+        ),
+        (_with("patch_embed.bn.num_batches_tracked", None), TypeError, "expected one integer at key .*, got NoneType"),
+        (
+            _with("pwise_b.1", torch.zeros(8, dtype=torch.int8)),
+            TypeError,
+            "expected dense floating-point numbers at key 'pwise_b.1', got strided of int8",
+        ),
+        (
+            _with("pwise_b.1", torch.zeros(8, device="meta")),
+            TypeError,
+            "expected dense floating-point numbers at key 'pwise_b.1', got a meta tensor",
+        ),
         (_with("reduction_w.1", torch.ones(1)), ValueError, "expected reduction= beside key 'reduction_w.1'"),
     ],
 )
@@ -275,6 +291,20 @@ def test_checkpoints_with_weight_fusion():
         convert.from_ml_spin(published(3) | weights, **CONFIG, reduction="channel_weighted_mean")
     with pytest.raises(ValueError, match="reduction: expected one of choose_first"):
         convert.from_ml_spin(published(3), **CONFIG, reduction="median")
+
+
+def test_fusion_of_any_distribution():
+    """The published code has uniform ones only."""
+    plan = {"distribution": "back", "shared_depth": 2, "reduction": "mean"}
+    mixer = convert.from_ml_spin(published(3), **CONFIG, **plan).mixer
+    assert mixer.pw_index == (0, 1, 1)
+    assert mixer.members() == [[0], [1, 2]]
+
+
+def test_mixed_dtypes_become_the_widest():
+    state = published()
+    state["patch_embed.conv.weight"] = state["patch_embed.conv.weight"].half()
+    assert {p.dtype for p in convert.from_ml_spin(state, **CONFIG).parameters()} == {torch.float32}
 
 
 def test_arguments_of_published_checkpoints():

@@ -10,7 +10,7 @@ from golden import assert_close
 from test_golden import assert_running_statistics, every_dtype, from_published, input_of, part_of, published_name
 
 import spin_kernels as spin
-from spin_kernels import Sharing, fusion
+from spin_kernels import Sharing, fusion, models
 from spin_kernels.nn import FusedMixer, SharedMixer
 from spin_kernels.nn.fused_mixer import REDUCTIONS
 
@@ -155,7 +155,47 @@ def test_no_stale_weights():
     assert not torch.equal(fused(image), after)
 
 
-def test_whole_step_compiles_and_fuses_once():
+def test_weights_are_fused_once_a_call(monkeypatch):
+    _, fused = prepared("mean")
+    calls, original = [], FusedMixer.distinct_weights
+    monkeypatch.setattr(FusedMixer, "distinct_weights", lambda self: calls.append(1) or original(self))
+    fused(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("reduction", ["mean", "channel_weighted_mean"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_sums_are_rounded_once(dtype, reduction):
+    """As those of torch.mean, which the published code calls."""
+    fused = FusedMixer(16, 16, 3, Sharing(16, 16), reduction).to(dtype)
+    if fused.pw_reduction is not None:
+        torch.nn.init.normal_(fused.pw_reduction)
+    got, exact = fused.distinct_weights(), fused.double().distinct_weights()
+    for a, b in zip(got, exact, strict=True):
+        assert a.dtype == dtype
+        assert ((a.double() - b).abs() <= torch.finfo(dtype).eps * b.abs() + 1e-6).all()
+
+
+def test_what_is_not_trained_stays_so():
+    model = models.convmixer(8, 4, 3, 4)
+    for frozen in (model.mixer.dw_weight, model.mixer.dw_affine, model.head.fc.weight):
+        frozen.requires_grad_(False)
+    fused = fusion.prepare(model, Sharing(4, 2), "scalar_weighted_mean")
+    for other in (fused, fusion.fold(fused)):
+        off = {name for name, p in other.named_parameters() if not p.requires_grad}
+        assert off == {"mixer.dw_weight", "mixer.dw_affine", "head.fc.weight"}
+
+
+def test_reset_parameters_resets_all():
+    mixer = FusedMixer(8, 4, 3, Sharing(4, 2), "scalar_weighted_mean", device="meta").to_empty(device="cpu")
+    for p in mixer.parameters():
+        torch.nn.init.constant_(p, float("nan"))
+    mixer.reset_parameters()
+    assert mixer.pw_reduction.eq(1).all()
+    assert all(t.isfinite().all() for t in mixer.state_dict().values())
+
+
+def test_whole_step_compiles():
     _, fused = prepared("channel_weighted_mean", pw_residual=True)
     other = copy.deepcopy(fused)
     image = torch.randn(2, 3, 16, 16)

@@ -373,6 +373,12 @@ def test_frozen_under_the_reference_backend(monkeypatch):
     assert relative_error(mixer(x), expected) < 1e-6
 
 
+def test_gains_are_not_folded_into_16_bits(monkeypatch):
+    monkeypatch.setenv("SPIN_BACKEND", "reference")
+    mixer = make(transform="scalar").bfloat16().eval()
+    assert mixer.freeze()._packed.value["pw_gain"] is not None
+
+
 @pytest.mark.parametrize("templates", [None, 3])
 @pytest.mark.parametrize("transform", ["scalar", "channel"])
 @pytest.mark.parametrize("same", [True, False])

@@ -79,6 +79,8 @@ def test_is_a_value():
         ({"depth": 4, "distribution": "front"}, "shared_depth"),
         ({"depth": 4, "distribution": "back", "shared_depth": 5}, "shared_depth"),
         ({"depth": 4, "distribution": "back", "shared_depth": 0}, "shared_depth"),
+        ({"depth": 4, "distribution": "back", "shared_depth": True}, "shared_depth"),
+        ({"depth": 4, "mapping": "random", "seed": None}, "seed"),
     ],
 )
 def test_errors_name_the_argument(arguments, name):

@@ -97,6 +97,12 @@ def test_map():
     assert summary.map().splitlines()[-2:] == ["    F0 █·█·", "    F1 ·█·█"]
 
 
+def test_map_of_a_deep_network():
+    rows = summarise(models.convmixer(8, 112, 3, 4, sharing=Sharing(112, 112))).map().splitlines()
+    assert rows[0].endswith("9         0         1")
+    assert {len(row) for row in rows[1:]} == {7 + 112}
+
+
 def test_refusals():
     with pytest.raises(TypeError, match=r"model: expected a network of spin_kernels.models, got Linear"):
         summarise(nn.Linear(2, 2))
@@ -123,7 +129,12 @@ def test_info(name, tmp_path):
     assert "block 7 pointwise" in done.output or "block 11 mlp.fc2" in done.output
     assert f"image {models.image_size(name)} x" in done.output
     assert chart.stat().st_size > 0
-    for arguments, said in ((("info", "resnet18"), "MODEL"), (("info", name, "--image-size", "1"), "--image-size")):
+    for arguments, said in (
+        (("info", "resnet18"), "MODEL"),
+        (("info", name, "--image-size", "1"), "--image-size"),
+        (("info", name, "--plot", tmp_path / "map.txt"), "expected a .png, .pdf or .svg file"),
+        (("info", name, "--plot", chart / "map.png"), "expected a file that can be written"),
+    ):
         done = spin(*arguments)
         assert done.exit_code == 2
         assert said in done.output

@@ -9,6 +9,10 @@ from spin_kernels import Sharing, convert, fusion, models
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 ConvMixer = timm.models.convmixer.ConvMixer
+TIMM_NAMES = [
+    *("0.fn.0.weight", "0.fn.0.bias", "1.weight", "1.bias"),
+    *("0.fn.2.weight", "0.fn.2.bias", "3.weight", "3.bias"),
+]
 PUBLISHED = {
     "convmixer_1536_20": "convmixer_1536_20_k9_p7",
     "convmixer_768_32": "convmixer_768_32_k7_p7",
@@ -29,18 +33,30 @@ def of_timm(act_layer=nn.GELU, size=4, **options) -> nn.Module:
 
 
 def results(model: nn.Module, image: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Logits and the gradients of the image, of the stem's and of the head's weight."""
+    """Logits and the gradients of the image and of all weights, biases and affines: stem, blocks, head."""
     image = image.clone().requires_grad_()
+    model.zero_grad()
     logits = model(image)
-    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d)).weight
-    head = next(module for module in model.modules() if isinstance(module, nn.Linear)).weight
-    weight = torch.linspace(-1, 1, logits.numel()).view(logits.shape)
-    return logits, *torch.autograd.grad(logits, (image, stem, head), weight)
+    logits.backward(torch.linspace(-1, 1, logits.numel()).view(logits.shape))
+    stem = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+    head = next(module for module in model.modules() if isinstance(module, nn.Linear))
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    mixer = next((module for module in model.modules() if isinstance(module, spin.nn.SharedMixer)), None)
+    if mixer is None:
+        blocks = [[grads[f"blocks.{d}.{name}"] for d in range(len(model.blocks))] for name in TIMM_NAMES]
+        stacked = [torch.stack(block).flatten(1) for block in blocks]
+    else:
+        dw, pw = mixer.dw_affine.grad, mixer.pw_affine.grad
+        ours = (mixer.dw_weight.grad, mixer.dw_bias.grad, mixer.pw_weight.grad, mixer.pw_bias.grad)
+        stacked = [t.flatten(1) for t in (*ours, dw[:, 0], dw[:, 1], pw[:, 0], pw[:, 1])]
+    return logits.detach(), image.grad, stem.weight.grad, head.weight.grad, *stacked
 
 
 def assert_equal(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> None:
+    largest = max(e.norm() for e in expected[1:])
     for g, e in zip(got, expected, strict=True):
-        assert (g - e).norm() <= 1e-5 * e.norm()
+        # A gradient that is all but nothing beside the others is compared with these.
+        assert (g - e).norm() <= 1e-5 * max(e.norm(), 1e-6 * largest)
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -79,9 +95,9 @@ def test_to_timm_expands_what_is_shared(changes: dict) -> None:
     if model.mixer.pw_gain is not None:
         nn.init.normal_(model.mixer.pw_gain)
     image = torch.randn(2, 3, 32, 32)
-    assert_equal(results(convert.to_timm(model), image), results(model, image))
+    torch.testing.assert_close(convert.to_timm(model)(image), model(image), rtol=1e-4, atol=1e-5)
     fused = fusion.prepare(model, Sharing(4, 2), "channel_weighted_mean")
-    assert_equal(results(convert.to_timm(fused), image), results(fused, image))
+    torch.testing.assert_close(convert.to_timm(fused)(image), fused(image), rtol=1e-4, atol=1e-5)
 
 
 def test_to_timm_without_biases_and_in_other_dtypes() -> None:
@@ -111,10 +127,80 @@ def test_accelerate_refuses_other_models_and_leaves_them_alone() -> None:
     with pytest.raises(ValueError, match="accelerate: expected one activation of"):
         spin.accelerate(model)
     assert list(model.named_modules()) == before
-    with pytest.raises(ValueError, match=r"accelerate: expected key 'stem.0.weight'"):
+    with pytest.raises(TypeError, match="accelerate: expected a ConvMixer of timm, got ResNet"):
         spin.accelerate(timm.create_model("resnet18"))
+    with pytest.raises(ValueError, match=r"accelerate: expected key 'blocks.0.0.fn.0.weight'"):
+        spin.accelerate(timm.create_model("vit_tiny_patch16_224"))
     with pytest.raises(TypeError, match="accelerate: expected a ConvMixer of timm, got int"):
         spin.accelerate(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: setattr(b[2][0].fn[0], "dilation", (2, 2)), r"dilation \(1, 1\) at 'blocks.2.0.fn.0', got \(2, 2\)"),
+        (lambda b: setattr(b[1][0].fn[0], "padding_mode", "circular"), "padding_mode 'zeros' at .*, got 'circular'"),
+        (lambda b: setattr(b[1][0].fn[0], "padding", (0, 0)), r"padding 'same' at 'blocks.1.0.fn.0', got \(0, 0\)"),
+        (lambda b: setattr(b[3], "3", nn.Identity()), "a BatchNorm2d with .* at 'blocks.3.3', got Identity"),
+        (lambda b: setattr(b[0][3], "momentum", None), "one BatchNorm momentum in all blocks, got 0.1 and None"),
+    ],
+)
+def test_blocks_that_cannot_be_expressed_are_refused(change, message) -> None:
+    model = of_timm()
+    change(model.blocks)
+    for convert_to in (spin.accelerate, convert.from_timm):
+        with pytest.raises(ValueError, match="expected " + message):
+            convert_to(model)
+    assert len(model.blocks) == 4
+
+
+def test_ends_that_cannot_be_expressed_are_refused() -> None:
+    pooled, strided = of_timm(global_pool="max"), of_timm()
+    with pytest.raises(ValueError, match="from_timm: expected average pooling before the head, got 'max'"):
+        convert.from_timm(pooled)
+    strided.stem[0].stride = (4, 2)
+    with pytest.raises(ValueError, match=r"from_timm: expected one stride for both sides at 'stem.0', got \(4, 2\)"):
+        convert.from_timm(strided)
+    image = torch.randn(2, 3, 32, 32)
+    for model in (pooled, strided):  # but their blocks run
+        expected = model.eval()(image)
+        torch.testing.assert_close(spin.accelerate(model)(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_accelerate_without_a_head() -> None:
+    model, image = of_timm().eval(), torch.randn(2, 3, 32, 32)
+    model.reset_classifier(0)
+    expected = model(image)
+    accelerated = spin.accelerate(model)
+    assert not accelerated.blocks.training
+    torch.testing.assert_close(accelerated(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_accelerate_keeps_what_is_frozen() -> None:
+    model = of_timm()
+    model.blocks.requires_grad_(False)
+    model.blocks.eval()
+    assert not any(p.requires_grad for p in spin.accelerate(model).blocks.parameters())
+    assert not model.blocks[0].training
+    assert model.stem.training
+    mixed = of_timm()
+    mixed.blocks[1][1].requires_grad_(False)
+    with pytest.raises(ValueError, match="accelerate: expected one requires_grad for what becomes pw_weight, got both"):
+        spin.accelerate(mixed)
+    mixed = of_timm()
+    mixed.blocks[1][3].eval()
+    for convert_to in (spin.accelerate, convert.from_timm):
+        with pytest.raises(ValueError, match=r"expected all parts of the (blocks|model) in one mode"):
+            convert_to(mixed)
+
+
+def test_a_published_network() -> None:
+    """1024/20 k9 with all its weights, on 4 x 4 tokens."""
+    torch.manual_seed(0)
+    model, image = timm.create_model("convmixer_1024_20_ks9_p14").eval(), torch.randn(1, 3, 56, 56)
+    expected = results(model, image)
+    assert_equal(results(convert.from_timm(model), image), expected)
+    assert_equal(results(spin.accelerate(model), image), expected)
 
 
 def test_accelerated_models_keep_their_methods() -> None:

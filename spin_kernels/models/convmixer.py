@@ -154,7 +154,7 @@ class ConvMixer(Freezable):
             conv.padding[0],
             fc.weight,
             fc.bias,
-            *self.mixer._frozen_arguments().values(),
+            *self.mixer._op_arguments().values(),
         )
 
     def _run_packed(self, image: Tensor, packed: Tensor | tuple[PatchEmbed, dict[str, Any], Head]) -> Tensor:

@@ -48,8 +48,8 @@ class Isotropic(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(dim=dim, depth=depth, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes)
-        if not isinstance(mlp_ratio, int | float) or not dim * mlp_ratio >= 1:
-            raise ValueError(f"mlp_ratio: expected a number of at least 1 / dim, got {mlp_ratio!r}")
+        if not isinstance(mlp_ratio, int | float) or not 1 <= dim * mlp_ratio < 2**31:
+            raise ValueError(f"mlp_ratio: expected a number from 1 / dim to 2**31 / dim, got {mlp_ratio!r}")
         if not isinstance(drop_rate, int | float) or not 0 <= drop_rate <= 1:
             raise ValueError(f"drop_rate: expected a number from 0 to 1, got {drop_rate!r}")
         self.sharing = check_plan("sharing", sharing, depth)

@@ -72,15 +72,26 @@ class FusedMixer(SharedMixer):
 
     def distinct_weights(self) -> tuple[Tensor, Tensor | None]:
         """The pointwise weights (S, C, C) and biases (S, C) as they are fused now, with gradients."""
-        weights, biases = list(self.pw_weight), None if self.pw_bias is None else list(self.pw_bias)
+        dtype = self.pw_weight.dtype
+        wide = torch.promote_types(dtype, torch.float32)  # sums are rounded once
+        weights = list(self.pw_weight.to(wide))
         if self.pw_reduction is not None:
-            factors = self.pw_reduction.to(self.pw_weight.dtype)
-            weights = [factor[:, None] * weight for factor, weight in zip(factors, weights, strict=True)]
-        fuse = _first if self.reduction == "choose_first" else _mean
-        return self._each_group(fuse, weights), None if biases is None else self._each_group(fuse, biases)
+            weights = [c[:, None] * weight for c, weight in zip(self.pw_reduction, weights, strict=True)]
+        biases = None if self.pw_bias is None else self._each_group(list(self.pw_bias.to(wide))).to(dtype)
+        return self._each_group(weights).to(dtype), biases
 
-    def _each_group(self, fuse: Any, layers: list[Tensor]) -> Tensor:
-        return torch.stack([fuse([layers[d] for d in group]) for group in self.members()])
+    def _each_group(self, layers: list[Tensor]) -> Tensor:
+        groups = [[layers[d] for d in group] for group in self.members()]
+        if self.reduction == "choose_first":
+            return torch.stack([group[0] for group in groups])
+        return torch.stack([reduce(torch.add, group) / len(group) for group in groups])
+
+    def reset_parameters(self) -> None:
+        """As a SharedMixer that shares nothing; reduction weights become 1."""
+        super().reset_parameters()
+        reduction = getattr(self, "pw_reduction", None)  # it is made after the other parameters
+        if reduction is not None:
+            nn.init.ones_(reduction)
 
     def members(self) -> list[list[int]]:
         """The blocks whose weights make each distinct weight."""
@@ -99,11 +110,3 @@ class FusedMixer(SharedMixer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, reduction={self.reduction}, groups={self.groups}"
-
-
-def _first(layers: list[Tensor]) -> Tensor:
-    return layers[0]
-
-
-def _mean(layers: list[Tensor]) -> Tensor:
-    return reduce(torch.add, layers) / len(layers)

@@ -186,23 +186,6 @@ class SharedMixer(Float32State, Freezable):
                 arguments[name] = fold_batch_norm(*gamma_beta, *mean_var, self.eps, dim=1)
         return arguments
 
-    def _frozen_arguments(self) -> dict[str, Any]:
-        """Those of a frozen call: gains are multiplied into the matrices where all users of each have the same ones.
-
-        That saves a vector per block where a kernel can do without gains; the CPU's packed form has them anyway, 1.
-        """
-        arguments = self._op_arguments()
-        gain, index = arguments["pw_gain"], list(self.pw_index)
-        if gain is None:
-            return arguments
-        of_matrix = gain[[index.index(s) for s in range(self.sharing.num_shared)]]
-        if not torch.equal(gain, of_matrix[index]):
-            return arguments
-        weight = arguments["pw_weight"]
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))  # rounded once, after the product
-        matrices = of_matrix[:, :, None] * compose_matrices(wide, arguments["pw_coefficients"])
-        return arguments | {"pw_weight": matrices.to(weight.dtype), "pw_coefficients": None, "pw_gain": None}
-
     def _normalise_with_batch_statistics(self, x: Tensor) -> Tensor:
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed and (processes := torch.distributed.get_world_size()) > 1:
@@ -231,12 +214,25 @@ class SharedMixer(Float32State, Freezable):
         return dispatch.choose("mixer", (x, *self._op_arguments().values(), None)).backend == "cpu"
 
     def _pack(self) -> Tensor | dict[str, Any]:
-        arguments = self._frozen_arguments()
-        if self._has_packed_form():
+        arguments = self._op_arguments()
+        if self._has_packed_form():  # where every block has gains, 1 if nothing else
             return torch.ops.spin._pack_mixer(*arguments.values())
-        arguments["pw_weight"] = compose_matrices(arguments["pw_weight"], arguments["pw_coefficients"])
-        arguments["pw_coefficients"] = None
+        weight = compose_matrices(arguments["pw_weight"], arguments["pw_coefficients"])
+        arguments |= {"pw_weight": weight, "pw_coefficients": None} | self._folded_gains(weight, arguments["pw_gain"])
         return {name: a.detach().clone() if isinstance(a, Tensor) else a for name, a in arguments.items()}
+
+    def _folded_gains(self, weight: Tensor, gain: Tensor | None) -> dict[str, Tensor | None]:
+        """Gains multiplied into the matrices, where all users of each have the same ones: a vector less per block.
+
+        Not into 16-bit matrices, which would be rounded a second time.
+        """
+        if gain is None or weight.element_size() < 4:
+            return {}
+        index = list(self.pw_index)
+        of_matrix = gain[[index.index(s) for s in range(len(weight))]]
+        if not torch.equal(gain, of_matrix[index]):
+            return {}
+        return {"pw_weight": of_matrix[:, :, None] * weight, "pw_gain": None}
 
     def _run_packed(self, x: Tensor, packed: Tensor | dict[str, Any]) -> Tensor:
         if isinstance(packed, Tensor):
