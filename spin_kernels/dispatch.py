@@ -98,8 +98,10 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     "compose_superweights_backward": (
         Kernel("cpu", "_compose_superweights_backward_cpu", _cpu_weights_refusal, "the tensors are on the CPU"),
     ),
-    "repeat_weight": (),
-    "repeat_weight_backward": (),
+    "repeat_weight": (Kernel("cpu", "_repeat_weight_cpu", _cpu_weights_refusal, "the tensors are on the CPU"),),
+    "repeat_weight_backward": (
+        Kernel("cpu", "_repeat_weight_backward_cpu", _cpu_weights_refusal, "the tensors are on the CPU"),
+    ),
 }
 
 # Backend -> the mixer's forward kernel that keeps what backward needs, or measures the batch's statistics.

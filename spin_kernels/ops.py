@@ -219,7 +219,8 @@ def _differentiate_compose(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _run_repeat(*args: Any) -> Tensor:
     _refuse_forward_mode()
     checks.repeat_weight(*args)
-    dispatch.choose("repeat_weight", args)
+    if dispatch.choose("repeat_weight", args).backend == "cpu":
+        return torch.ops.spin._repeat_weight_cpu(*args)
     return reference.repeat_weight(*args)
 
 
@@ -230,7 +231,8 @@ def _fake_repeat(weight: Tensor, *args: Any) -> Tensor:
 
 def _run_repeat_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     checks.repeat_weight_backward(grad, *args)
-    dispatch.choose("repeat_weight_backward", args)
+    if dispatch.choose("repeat_weight_backward", args).backend == "cpu":
+        return torch.ops.spin._repeat_weight_backward_cpu(grad, *args)
     return tuple(_gradients(lambda *leaves: reference.repeat_weight(*leaves, *args[4:]), args[:4], grad))
 
 

@@ -188,6 +188,31 @@ struct ComposeTile {
   double* products;      // <gradient, template>: [user][template]
 };
 
+enum class Modulation : uint32_t { kPlain, kSwish, kGate };
+
+// A piece of the base of a repetition for all its tiles (repeat.h). Elements but where it says otherwise.
+struct RepeatUser {
+  char* data;  // forward the result, backward its gradient; where the piece begins
+  int64_t pitch;
+  int64_t rows, columns;  // of the piece that this tile has; the last tiles may be partial
+  float alpha, beta;
+  const char* gate;
+  char* gate_gradient;
+};
+struct RepeatTile {
+  const char* base;  // where the piece begins
+  DType type;
+  Modulation modulation;
+  int64_t rows, columns, pitch;
+  const RepeatUser* users;
+  int64_t users_count;
+  bool stream;  // results go past the caches; float32 only
+  // Backward.
+  float* base_gradient;  // like `base`; written
+  float* sums;           // scratch, two vectors per user
+  double* products;      // of alpha, and of -beta: [user][2]
+};
+
 struct Kernels {
   const char* name;
   int64_t lanes;          // channels in a vector
@@ -220,6 +245,8 @@ struct Kernels {
   void (*transpose)(const TransposeArgs&) = nullptr;
   void (*compose)(const ComposeTile&) = nullptr;
   void (*compose_gradient)(const ComposeTile&) = nullptr;
+  void (*repeat)(const RepeatTile&) = nullptr;
+  void (*repeat_gradient)(const RepeatTile&) = nullptr;
   void (*narrow)(const float* from, DType type, int64_t count, char* to) = nullptr;
 };
 

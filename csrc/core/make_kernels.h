@@ -6,6 +6,7 @@
 #include "elementwise.h"
 #include "layout.h"
 #include "product.h"
+#include "repeat_tile.h"
 #include "taps_gradient.h"
 #include "weight_gradient.h"
 
@@ -75,6 +76,8 @@ constexpr Kernels make_kernels(const char* name) {
     kernels.activation_gradient = Elementwise<V>::activation_gradient;
     kernels.compose = compose<V>;
     kernels.compose_gradient = compose_gradient<V>;
+    kernels.repeat = repeat<V>;
+    kernels.repeat_gradient = repeat_gradient<V>;
     kernels.narrow = Elementwise<V>::narrow;
     kernels.taps_gradient = TapsGradient<V>::run;
     if constexpr (Operand::kChain != DType::kFloat32) kernels.pack_gradient = WeightGradient<Operand>::pack;

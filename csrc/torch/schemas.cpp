@@ -48,6 +48,12 @@ STABLE_TORCH_LIBRARY(spin, m) {
   m.def(
       "_compose_superweights_backward_cpu(Tensor grad, Tensor bank, Tensor coefficients, int[] pieces, "
       "int[] shapes) -> (Tensor, Tensor)");
+  m.def(
+      "_repeat_weight_cpu(Tensor weight, Tensor? alpha, Tensor? beta, Tensor? gate, int out_channels, "
+      "int in_channels) -> Tensor");
+  m.def(
+      "_repeat_weight_backward_cpu(Tensor grad, Tensor weight, Tensor? alpha, Tensor? beta, Tensor? gate, "
+      "int out_channels, int in_channels) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("_pack_mixer(" MIXER_WEIGHTS ") -> Tensor");
   m.def("_frozen_mixer(Tensor x, Tensor packed) -> Tensor");
   m.def("_pack_network(" ENDS MIXER_WEIGHTS ") -> Tensor");
