@@ -143,18 +143,13 @@ struct Compose {
     }
   }
 
-  template <int kWide>
-  static void block(const ComposeTile& t, Span users, int64_t r, int64_t j, int64_t part) {
-    for (int64_t k = 0; k < t.templates; k += kTemplates) some<1, kWide>(t, users, r, j, k, part);
-  }
-
   // kCount templates or more, as many as registers hold.
-  template <int kCount, int kWide>
-  static SPIN_INLINE void some(const ComposeTile& t, Span users, int64_t r, int64_t j, int64_t k, int64_t part) {
+  template <int kCount>
+  static SPIN_INLINE void some(const ComposeTile& t, Span users, int64_t r, int64_t j, int64_t k) {
     if constexpr (kCount < kTemplates) {
-      if (t.templates - k > kCount) return some<kCount + 1, kWide>(t, users, r, j, k, part);
+      if (t.templates - k > kCount) return some<kCount + 1>(t, users, r, j, k);
     }
-    gradients<kCount, kWide>(t, users, r, j, k, part);
+    gradients<kCount, 2>(t, users, r, j, k, kLanes);
   }
 
   static void backward(const ComposeTile& t) {
@@ -164,8 +159,13 @@ struct Compose {
       const Span users{u, t.users_count - u < kStreams ? t.users_count : u + kStreams};
       for (int64_t r = 0; r < t.rows; ++r) {
         int64_t j = 0;
-        for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes) block<2>(t, users, r, j, kLanes);
-        for (; j < t.columns; j += kLanes) block<1>(t, users, r, j, t.columns - j < kLanes ? t.columns - j : kLanes);
+        for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes) {
+          for (int64_t k = 0; k < t.templates; k += kTemplates) some<1>(t, users, r, j, k);
+        }
+        for (; j < t.columns; j += kLanes) {
+          const int64_t part = t.columns - j < kLanes ? t.columns - j : kLanes;
+          for (int64_t k = 0; k < t.templates; ++k) gradients<1, 1>(t, users, r, j, k, part);
+        }
       }
     }
     if (t.stream) V::fence();

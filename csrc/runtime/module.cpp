@@ -1,31 +1,17 @@
 // spin_runtime: csrc/core for NumPy, without torch. Processor features, measured peaks and the raw kernels:
 // what the benchmark's ceilings and the sanitizer build's tests are made of.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <cstring>
-#include <thread>
 
 #include "../core/peaks.h"
 #include "../core/run.h"
 #include "../core/train.h"
 #include "../core/workspace.h"
+#include "arrays.h"
 
 namespace py = pybind11;
 
 namespace spin {
 namespace {
-
-Parallel own_threads(int threads) {
-  if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
-  return {threads, [](int threads, const std::function<void(int)>& body) {
-            std::vector<std::thread> others;
-            for (int i = 1; i < threads; ++i) others.emplace_back(body, i);
-            body(0);
-            for (std::thread& thread : others) thread.join();
-          }};
-}
 
 Activation activation_of(const std::string& name) {
   static const char* const kNames[] = {"gelu", "gelu_tanh", "relu", "silu", "identity"};
@@ -33,27 +19,6 @@ Activation activation_of(const std::string& name) {
     if (name == kNames[i]) return Activation(i);
   }
   throw py::value_error("activation: expected gelu, gelu_tanh, relu, silu or identity, got '" + name + "'");
-}
-
-// float32, or bf16 as uint16, or float16.
-DType type_of(const py::array& array, const char* name) {
-  if (array.dtype().is(py::dtype::of<float>())) return DType::kFloat32;
-  if (array.dtype().is(py::dtype::of<uint16_t>())) return DType::kBFloat16;
-  if (array.dtype().is(py::dtype("float16"))) return DType::kFloat16;
-  throw py::type_error(std::string(name) + ": expected float32, float16 or uint16 (the bits of bfloat16)");
-}
-
-const char* data_of(const py::array& array, DType type, std::vector<py::ssize_t> shape, const char* name) {
-  if (type_of(array, name) != type) throw py::type_error(std::string(name) + ": expected the dtype of x");
-  if (!(array.flags() & py::array::c_style)) throw py::value_error(std::string(name) + ": expected a contiguous array");
-  if (std::vector<py::ssize_t>(array.shape(), array.shape() + array.ndim()) != shape) {
-    throw py::value_error(std::string(name) + ": its shape does not fit the other arguments");
-  }
-  return static_cast<const char*>(array.data());
-}
-const char* data_of(const std::optional<py::array>& array, DType type, std::vector<py::ssize_t> shape,
-                    const char* name) {
-  return array ? data_of(*array, type, std::move(shape), name) : nullptr;
 }
 
 External view_of(const py::array& x, DType type) {
@@ -313,4 +278,5 @@ PYBIND11_MODULE(spin_runtime, m) {
   m.def("packing_plan", &spin::packing_plan, "pw_index"_a, "slots"_a,
         "Segments (first block, last block, [(matrix, slot)], slot of each block) with at most `slots` slots if "
         "possible.");
+  spin::define_weights(m);
 }
