@@ -1,9 +1,9 @@
 // A piece of the base of a repetition for all its tiles (see repeat.h).
 //
-// Forward walks the users, each a stream to memory (past the caches in large calls). Backward holds 2 vectors of the
+// Forward walks the users, each a stream to memory (past the caches in large calls). Backward holds a vector of the
 // base's gradient in registers and walks the users, a dozen streams at a time. Numerics: with s = 1 / (1 + exp(beta w))
 //   d/dw = alpha s (1 - beta w (1 - s)),  d/dalpha = w s,  d/dbeta = -alpha w^2 s (1 - s)
-// and s is as good as 0 where exp(beta w) would overflow.
+// (where exp(beta w) overflows, s and what it multiplies are 0).
 #pragma once
 #include "activation.h"
 #include "compose_tile.h"
@@ -18,11 +18,11 @@ struct Repeat : Compose<V, kType> {
   using typename Compose<V, kType>::Span;
   static constexpr int64_t kStep = kLanes * kBytes;
 
-  // s, and 1 - s as exp(beta w) s: a difference would cancel where s is near 1. Cut off where the exponential is
-  // finite.
+  // s, and 1 - s as exp(beta w) s: a difference would cancel where s is near 1. Where the exponential is infinite s is
+  // 0, and so is everything that it is multiplied with.
   static SPIN_INLINE void gates(F w, F beta, F& s, F& rest) {
-    const F one = V::set(1.f), e = exp_vector<V>(V::min(V::set(88.f), V::mul(beta, w)));
-    s = V::div(one, V::add(one, e)), rest = V::mul(e, s);
+    const F one = V::set(1.f), e = exp_vector<V>(V::mul(beta, w));
+    s = V::div(one, V::add(one, e)), rest = V::mul(V::min(V::set(1e38f), e), s);
   }
 
   static void forward(const RepeatTile& t) {
