@@ -243,11 +243,12 @@ struct Kernels {
   void (*pack_gradient)(const PackGradientArgs&) = nullptr;  // null where operands are float32
   void (*weight_gradient)(const WeightGradientArgs&) = nullptr;
   void (*transpose)(const TransposeArgs&) = nullptr;
+  void (*narrow)(const float* from, DType type, int64_t count, char* to) = nullptr;
+  // Making weights; null where operands are not float32.
   void (*compose)(const ComposeTile&) = nullptr;
   void (*compose_gradient)(const ComposeTile&) = nullptr;
   void (*repeat)(const RepeatTile&) = nullptr;
   void (*repeat_gradient)(const RepeatTile&) = nullptr;
-  void (*narrow)(const float* from, DType type, int64_t count, char* to) = nullptr;
 };
 
 // One table per instruction set; null where the compiler had no support for it.

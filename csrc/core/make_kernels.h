@@ -74,15 +74,17 @@ constexpr Kernels make_kernels(const char* name) {
     kernels.moments = Elementwise<V>::moments;
     kernels.gradient_sums = Elementwise<V>::gradient_sums;
     kernels.activation_gradient = Elementwise<V>::activation_gradient;
-    kernels.compose = compose<V>;
-    kernels.compose_gradient = compose_gradient<V>;
-    kernels.repeat = repeat<V>;
-    kernels.repeat_gradient = repeat_gradient<V>;
     kernels.narrow = Elementwise<V>::narrow;
     kernels.taps_gradient = TapsGradient<V>::run;
     if constexpr (Operand::kChain != DType::kFloat32) kernels.pack_gradient = WeightGradient<Operand>::pack;
     kernels.weight_gradient = WeightGradient<Operand>::run;
     kernels.transpose = WeightGradient<Operand>::transpose;
+  }
+  if constexpr (V::kChain == DType::kFloat32 && Operand::kChain == DType::kFloat32) {  // once per chain: no products
+    kernels.compose = compose<V>;
+    kernels.compose_gradient = compose_gradient<V>;
+    kernels.repeat = repeat<V>;
+    kernels.repeat_gradient = repeat_gradient<V>;
   }
   return kernels;
 }
