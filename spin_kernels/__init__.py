@@ -14,9 +14,14 @@ from . import (
     nn,
     ops,
     reference,
+    weights,
 )
 from .convert import accelerate
 from .dispatch import explain
 from .sharing import Sharing
+from .weights import Repeated, SuperWeights
 
-__all__ = ["Sharing", "accelerate", "convert", "explain", "functional", "fusion", "models", "nn", "ops", "reference"]
+__all__ = [
+    "Repeated", "Sharing", "SuperWeights", "accelerate", "convert", "explain", "functional", "fusion", "models", "nn",
+    "ops", "reference", "weights",
+]  # fmt: skip

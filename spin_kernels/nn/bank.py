@@ -168,6 +168,10 @@ class SuperWeightBank(Freezable):
             first += size
         raise KeyError(name)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """x itself: a bank may be the last module of an ``nn.Sequential``."""
+        return x
+
     # --- weights
 
     def weight(self, layer: int) -> Tensor:

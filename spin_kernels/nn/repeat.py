@@ -99,7 +99,8 @@ class RepeatConv2d(Float32State):
         if given is not None and mode != "hybrid":
             raise ValueError(f"given: expected None in mode {mode!r}, got {given!r}")
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, shape[2:]
-        self.base, self.given, self.stride, self.padding = tuple(base), given, _pair(stride), padding
+        self.base, self.given = tuple(base), None if given is None else tuple(given)
+        self.stride, self.padding = _pair(stride), padding
         self.mode, self.modulation, self.concat_dim, self.drop_rate = mode, modulation, concat_dim, drop_rate
 
         options = {"device": device, "dtype": dtype if dtype is not None else torch.get_default_dtype()}
@@ -201,7 +202,7 @@ class RepeatConv2d(Float32State):
         """What is repeated, (o, i, kh, kw): the layer's own filters, the given ones, or both.
 
         Raises:
-            ValueError, TypeError: ``weight`` is missing in modes "inter" and "hybrid", given in "intra", or does not fit.
+            ValueError, TypeError: ``weight`` does not fit, is missing, or comes in mode "intra".
         """
         if self.mode == "intra":
             if weight is not None:
@@ -212,11 +213,17 @@ class RepeatConv2d(Float32State):
         if weight.dim() != 4 or tuple(weight.shape[2:]) != self.kernel_size:
             raise ValueError(f"weight: expected shape (o, i, *{self.kernel_size}), got {tuple(weight.shape)}")
         if self.mode == "hybrid":
-            self._joined((weight.shape[0], weight.shape[1]))
+            if self.given is None:
+                self._joined((weight.shape[0], weight.shape[1]))
+                self.given = (weight.shape[0], weight.shape[1])
+            self._check_channels(weight, self.given)
             return torch.cat((self.weight, weight), self.concat_dim)
-        if tuple(weight.shape[:2]) != self.base:
-            raise ValueError(f"weight: expected base {self.base} output and input channels, got {tuple(weight.shape)}")
+        self._check_channels(weight, self.base)
         return weight
+
+    def _check_channels(self, weight: Tensor, expected: tuple[int, int]) -> None:
+        if tuple(weight.shape[:2]) != expected:
+            raise ValueError(f"weight: expected (o, i) = {expected}, got {tuple(weight.shape[:2])}")
 
     def repeated_weight(self, weight: Tensor | None = None) -> Tensor:
         """The weight (out_channels, in_channels, kh, kw) as the layer uses it now, with gradients."""

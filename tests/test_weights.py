@@ -1,0 +1,106 @@
+"""Networks that make their weights from a bank or by repeating smaller ones: counts, values, errors."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spin_kernels.nn import RepeatConv2d, SuperConv2d, SuperLinear, SuperWeightBank
+from spin_kernels.weights import Repeated, SuperWeights, count_parameters
+
+
+def network(sides: tuple[int, ...] = (3, 3, 1, 3, 1), width: int = 12) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    channels = 3
+    for number, side in enumerate(sides):
+        out = width + 5 * number
+        layers += [nn.Conv2d(channels, out, side, padding=side // 2, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        channels = out
+    layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 40), nn.ReLU(), nn.Linear(40, 7)]
+    return nn.Sequential(*layers)
+
+
+def values_used(bank: SuperWeightBank) -> Tensor:
+    used = torch.zeros(len(bank.templates), dtype=torch.bool)
+    for shape, slabs in bank._layers:
+        taps = shape[2] * shape[3]
+        for slab in slabs:
+            for k in range(slab.templates):
+                first = bank._cluster(slab.cluster).start + slab.start + k * slab.stride
+                for o in range(slab.out):
+                    used[first + o * slab.row * taps : first + (o * slab.row + slab.in_channels) * taps] = True
+    return used
+
+
+@pytest.mark.parametrize("bins", [1, 3])
+@pytest.mark.parametrize("width", [5, 12, 33])
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.77, 1.0, "count"])
+def test_exact_budget(budget: float | str, width: int, bins: int) -> None:
+    net = network(width=width)
+    own = count_parameters(net)
+    wanted = round(own * budget) if isinstance(budget, float) else own // 2 + int(torch.randint(own // 4, ()))
+    SuperWeights(budget if isinstance(budget, float) else wanted, bins=bins).apply(net)
+    assert count_parameters(net) == wanted
+    assert values_used(net.bank).all()  # no number is there for the count alone
+    y = net(torch.randn(2, 3, 8, 8))
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+    assert (net.bank.templates.grad != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_budget_without_small_kernels(side: int) -> None:
+    net = nn.Sequential(*[nn.Conv2d(6, 6, side, padding="same") for _ in range(5)], nn.Flatten(), nn.Linear(384, 3))
+    wanted = count_parameters(net) // 2
+    SuperWeights(wanted).apply(net)
+    assert 0 <= wanted - count_parameters(net) < side**2
+    assert values_used(net.bank).all()
+
+
+def test_what_is_replaced() -> None:
+    net = network()
+    net.append(nn.Conv2d(7, 7, 1, groups=7))
+    bias = net[17].bias
+    SuperWeights(0.5).apply(net)
+    kinds = [type(m) for m in net if isinstance(m, (nn.Conv2d, nn.Linear, SuperConv2d, SuperLinear))]
+    assert kinds == [SuperConv2d] * 5 + [SuperLinear, nn.Linear, nn.Conv2d]
+    assert net[17].bias is bias
+
+
+@pytest.mark.parametrize("modulation", ["swish", "sign", "linear", "drop", "random"])
+def test_repeated(modulation: str) -> None:
+    net = network()
+    shapes = [m.weight.shape for m in net if isinstance(m, nn.Conv2d)]
+    Repeated((2, 3), modulation).apply(net)
+    convolutions = [m for m in net if isinstance(m, (nn.Conv2d, RepeatConv2d))]
+    assert [type(m) for m in convolutions] == [nn.Conv2d] + [RepeatConv2d] * 4
+    for layer, shape in zip(convolutions[1:], shapes[1:], strict=True):
+        assert layer.weight.shape[:2] == (math.ceil(shape[0] / 2), math.ceil(shape[1] / 3))
+        assert layer.repeated_weight().shape == shape
+    y = net(torch.randn(2, 3, 8, 8))
+    y.square().sum().backward()
+    assert y.isfinite().all()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+BAD: dict[str, tuple[Callable[[], None], str]] = {
+    "negative budget": (lambda: SuperWeights(-3), "budget"),
+    "no number": (lambda: SuperWeights("4M"), "budget"),
+    "infinite": (lambda: SuperWeights(float("nan")), "budget"),
+    "too small": (lambda: SuperWeights(0.05).apply(network()), "budget"),
+    "too large": (lambda: SuperWeights(1.5).apply(network()), "budget"),
+    "no bins": (lambda: SuperWeights(0.5, bins=0), "bins"),
+    "no templates": (lambda: SuperWeights(0.5, max_templates=0), "max_templates"),
+    "nothing to replace": (lambda: SuperWeights(0.5).apply(nn.Sequential(nn.Linear(3, 4))), "network"),
+    "tiles": (lambda: Repeated((0, 2)), "tiles"),
+    "modulation": (lambda: Repeated(modulation="tanh").apply(network()), "modulation"),
+}
+
+
+@pytest.mark.parametrize(("make", "text"), BAD.values(), ids=BAD)
+def test_bad_arguments(make: Callable[[], None], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make()
