@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -164,17 +165,21 @@ def _heat_map(similarity: Tensor, model: str, other: str) -> Figure:
 
 
 def _check_plot(path: Path) -> None:
+    """Refuses what cannot be written before the work is done for it, and makes no file: the work may fail."""
     if path.suffix.lower() not in (".png", ".pdf", ".svg"):
         raise typer.BadParameter(f"expected a .png, .pdf or .svg file, got {str(path)!r}", param_hint="--plot")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError as error:
-        raise typer.BadParameter(f"expected a file that can be written, got {error}", param_hint="--plot") from None
+    there = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+    folder = there != path
+    if there.is_dir() != folder or not os.access(there, os.W_OK | (os.X_OK if folder else 0)):
+        raise typer.BadParameter(f"expected a file that can be written, got {str(path)!r}", param_hint="--plot")
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, dpi=150)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise typer.BadParameter(f"expected a file that can be written, got {error}", param_hint="--plot") from None
     print(f"wrote {path}")
 
 

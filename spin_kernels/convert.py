@@ -50,12 +50,8 @@ def from_timm(model: nn.Module | Mapping[str, Tensor], *, activation: str | None
         ValueError: a key is missing, unexpected or of the wrong shape, or the model cannot be expressed.
         TypeError: ``model`` is neither a module nor a state dict.
     """
-    return _from_timm(model, activation, "from_timm")
-
-
-def _from_timm(model: nn.Module | Mapping[str, Tensor], activation: str | None, caller: str) -> ConvMixer:
     module = model if isinstance(model, nn.Module) else None
-    reader = StateReader(model if module is None else module.state_dict(), caller)
+    reader = StateReader(model if module is None else module.state_dict(), "from_timm")
     names = TIMM
     depth = max(reader.indices("blocks"), default=0) + 1
     if "0.weight" in reader.state:
@@ -68,29 +64,29 @@ def _from_timm(model: nn.Module | Mapping[str, Tensor], activation: str | None, 
     num_classes = reader.take(f"{names['head']}.weight", -1, dim).shape[0]
     if module is None:
         if activation is None:
-            raise ValueError(f"{caller}: expected activation= beside a state dict, which has no record of it, got None")
+            raise ValueError("from_timm: expected activation= beside a state dict, which has no record of it, got None")
         result = convmixer(dim, depth, kernel_size, patch, None, 0, in_channels, num_classes, activation)
         return read_model(result, reader, names)
 
     parts = dict(module.named_modules())
     if len({part.training for part in parts.values()}) > 1:
-        raise ValueError(f"{caller}: expected all parts of the model in one mode, got some in training mode")
+        raise ValueError("from_timm: expected all parts of the model in one mode, got some in training mode")
     stem = [parts.get(names[part]) for part in ("conv", "act", "bn")]
-    settings = _block_settings(parts, names, depth, caller)
-    found = _activation([stem[1]], caller)
+    settings = _block_settings(parts, names, depth, reader.source)
+    found = _activation([stem[1]], reader.source)
     if found != settings["activation"] or activation not in (None, found):
         given = settings["activation"] if activation in (None, found) else activation
-        raise ValueError(f"{caller}: expected activation {found!r}, as in the model's stem, got {given!r}")
+        raise ValueError(f"from_timm: expected activation {found!r}, as in the model's stem, got {given!r}")
     for name in ("global_pool", "pooling"):  # as timm calls it today, and as it did
         pool = getattr(parts.get(name), "pool_type", "avg")
         if pool != "avg":
-            raise ValueError(f"{caller}: expected average pooling before the head, got {pool!r}")
-    conv, norm = stem[0], _batch_norms([(names["bn"], stem[2])], caller)
-    _check_convolution(names["conv"], conv, {"dilation": (1, 1), "padding_mode": "zeros", "groups": 1}, caller)
+            raise ValueError(f"from_timm: expected average pooling before the head, got {pool!r}")
+    conv, norm = stem[0], _batch_norms([(names["bn"], stem[2])], reader.source)
+    _check_convolution(names["conv"], conv, {"dilation": (1, 1), "padding_mode": "zeros", "groups": 1}, reader.source)
     for name in ("stride", "padding"):
         value = getattr(conv, name)
         if isinstance(value, str) or value[0] != value[1]:
-            raise ValueError(f"{caller}: expected one {name} for both sides at {names['conv']!r}, got {value!r}")
+            raise ValueError(f"from_timm: expected one {name} for both sides at {names['conv']!r}, got {value!r}")
     drop_rate = getattr(parts.get("head_drop"), "p", 0.0)
     sizes = (dim, depth, kernel_size, patch, conv.stride[0], conv.padding[0], in_channels, num_classes, found)
     result = convmixer(*sizes, drop_rate=drop_rate)
@@ -107,45 +103,45 @@ def _kernel_size(reader: StateReader, names: dict[str, str], dim: int) -> int:
     return kernel_size
 
 
-def _block_settings(parts: dict[str, nn.Module], names: dict[str, str], depth: int, caller: str) -> dict[str, Any]:
+def _block_settings(parts: dict[str, nn.Module], names: dict[str, str], depth: int, source: str) -> dict[str, Any]:
     """activation, eps and momentum of the blocks, which have to agree; convolutions have to be those of a ConvMixer."""
     halves = [(half, d) for d in range(depth) for half in ("dw", "pw")]
     for half, d in halves:
         name = layer_name(names, half, d) if half == "dw" else layer_name(names, "pw_weight", d).removesuffix(".weight")
         conv = parts.get(name)
         expected: dict[str, Any] = {"stride": (1, 1), "dilation": (1, 1), "padding_mode": "zeros"}
-        _check_convolution(name, conv, expected, caller)
+        _check_convolution(name, conv, expected, source)
         if half == "dw" and conv.padding not in ("same", tuple(side // 2 for side in conv.kernel_size)):
-            raise ValueError(f"{caller}: expected padding 'same' at {name!r}, got {conv.padding!r}")
+            raise ValueError(f"{source}: expected padding 'same' at {name!r}, got {conv.padding!r}")
     named = [layer_name(names, f"{half}_bn", d) for half, d in halves]
-    activation = _activation([parts.get(layer_name(names, f"{half}_act", d)) for half, d in halves], caller)
-    return {"activation": activation, **_batch_norms([(name, parts.get(name)) for name in named], caller)}
+    activation = _activation([parts.get(layer_name(names, f"{half}_act", d)) for half, d in halves], source)
+    return {"activation": activation, **_batch_norms([(name, parts.get(name)) for name in named], source)}
 
 
-def _check_convolution(name: str, conv: nn.Module | None, expected: dict[str, Any], caller: str) -> None:
+def _check_convolution(name: str, conv: nn.Module | None, expected: dict[str, Any], source: str) -> None:
     if not isinstance(conv, nn.Conv2d):
-        raise ValueError(f"{caller}: expected a Conv2d at {name!r}, got {type(conv).__name__}")
+        raise ValueError(f"{source}: expected a Conv2d at {name!r}, got {type(conv).__name__}")
     for key, value in expected.items():
         if getattr(conv, key) != value:
-            raise ValueError(f"{caller}: expected {key} {value!r} at {name!r}, got {getattr(conv, key)!r}")
+            raise ValueError(f"{source}: expected {key} {value!r} at {name!r}, got {getattr(conv, key)!r}")
 
 
-def _batch_norms(norms: list[tuple[str, nn.Module | None]], caller: str) -> dict[str, Any]:
+def _batch_norms(norms: list[tuple[str, nn.Module | None]], source: str) -> dict[str, Any]:
     """eps and momentum of BatchNorms that agree, and that normalise with running statistics and an affine."""
     found: dict[str, Any] = {}
     for name, norm in norms:
         if not isinstance(norm, nn.BatchNorm2d) or not norm.affine or not norm.track_running_stats:
             raise ValueError(
-                f"{caller}: expected a BatchNorm2d with running statistics and an affine at {name!r}, got {norm!r}"
+                f"{source}: expected a BatchNorm2d with running statistics and an affine at {name!r}, got {norm!r}"
             )
         for key in ("eps", "momentum"):
             value = getattr(norm, key)
             if found.setdefault(key, value) != value:
-                raise ValueError(f"{caller}: expected one BatchNorm {key} in all blocks, got {found[key]} and {value}")
+                raise ValueError(f"{source}: expected one BatchNorm {key} in all blocks, got {found[key]} and {value}")
     return found
 
 
-def _activation(modules: list[nn.Module | None], caller: str) -> str:
+def _activation(modules: list[nn.Module | None], source: str) -> str:
     names = {
         _ACTIVATION_CLASSES.get(type(module).__name__, type(module).__name__)
         + ("_tanh" if getattr(module, "approximate", None) == "tanh" else "")
@@ -153,7 +149,7 @@ def _activation(modules: list[nn.Module | None], caller: str) -> str:
     }
     if len(names) > 1 or not names <= set(_ACTIVATION_CLASSES.values()):
         raise ValueError(
-            f"{caller}: expected one activation of {', '.join(sorted(_ACTIVATION_CLASSES))} in all layers, "
+            f"{source}: expected one activation of {', '.join(sorted(_ACTIVATION_CLASSES))} in all layers, "
             f"got {', '.join(sorted(names))}"
         )
     return names.pop()
@@ -265,7 +261,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     reader = StateReader({key: state[key] for key in state if key.startswith("blocks.")}, "accelerate")
     dim = reader.take("blocks.0.0.fn.0.weight", -1, 1, -1, -1).shape[0]
     kernel_size = _kernel_size(reader, TIMM, dim)
-    settings = _block_settings(dict(model.named_modules()), TIMM, len(blocks), "accelerate")
+    settings = _block_settings(dict(model.named_modules()), TIMM, len(blocks), reader.source)
     if len(modes := {part.training for part in blocks.modules()}) > 1:
         raise ValueError("accelerate: expected all parts of the blocks in one mode, got some in training mode")
     mixer = read_mixer(SharedMixer(dim, len(blocks), kernel_size, **settings), reader, TIMM)
@@ -327,23 +323,23 @@ def from_ml_spin(
     """
     if isinstance(state_dict, Mapping) and isinstance(state_dict.get("model_state"), Mapping):
         state_dict = state_dict["model_state"]
-    checkpoint = StateReader(state_dict, "from_ml_spin")
+    reader = StateReader(state_dict, "from_ml_spin")
     weighted = reduction in ("scalar_weighted_mean", "channel_weighted_mean")
-    if not weighted and (found := checkpoint.indices("reduction_w")):
+    if not weighted and (found := reader.indices("reduction_w")):
         raise ValueError(
             f"from_ml_spin: expected reduction= beside key 'reduction_w.{min(found)}', which belongs to a "
             f"scalar_weighted_mean or channel_weighted_mean, got {reduction!r}"
         )
     sharing = Sharing(depth, 1 if rate is None else rate, mapping, distribution, shared_depth, seed)
-    checkpoint.expect_count("blocks", depth, f"depth {depth}")
+    reader.expect_count("blocks", depth, f"depth {depth}")
     matrices, why = sharing.num_shared, f"depth {depth} shared at rate {sharing.rate}"
     if reduction is not None:
         matrices, why = depth, f"depth {depth}, a weight per layer with reduction={reduction!r}"
     for prefix in ("pwise_w", "pwise_b"):
-        checkpoint.expect_count(prefix, matrices, why)
+        reader.expect_count(prefix, matrices, why)
     if weighted:
-        checkpoint.expect_count("reduction_w", depth, why)
-    in_channels = checkpoint.take("patch_embed.conv.weight", dim, -1, patch_size, patch_size).shape[1]
+        reader.expect_count("reduction_w", depth, why)
+    in_channels = reader.take("patch_embed.conv.weight", dim, -1, patch_size, patch_size).shape[1]
     model = convmixer(
         dim,
         depth,
@@ -361,4 +357,4 @@ def from_ml_spin(
         # The published code has uniform plans only; elsewhere runs of blocks would not match the plan.
         groups = "consecutive" if distribution == "uniform" else "sharing"
         model = fusion.prepare(model, sharing, reduction, groups)
-    return read_model(model, checkpoint, ML_SPIN)
+    return read_model(model, reader, ML_SPIN)

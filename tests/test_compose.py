@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from random_weights import DTYPES, assert_same_bits, assert_sums, draws, on_every_isa
 from torch import Tensor
 
 from spin_kernels import dispatch, reference
 
-runtime = pytest.importorskip("spin_kernels.spin_runtime", reason="the library is not built")
-CHUNKS = 10
 SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "1000")) // 2
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 COMPOSE = torch.ops.spin.compose_superweights.default
 
 
@@ -33,7 +31,7 @@ def rectangles(rng: Random, out: int, into: int) -> list[tuple[int, int, int, in
     return done
 
 
-def any_composition(rng: Random, dtype: torch.dtype) -> dict[str, Any]:
+def any_composition(rng: Random) -> dict[str, Any]:
     """Layers that repeat the tilings and the windows of others now and then, windows that overlap or leave gaps."""
     size, count = rng.choice([3, 8, 20, 60]), rng.choice([0, 1, 2, 5])
     kinds = [(rng.randint(1, size), rng.randint(1, size), rng.choice([1, 2, 3]), rng.choice([1, 3])) for _ in range(2)]
@@ -58,7 +56,7 @@ def any_composition(rng: Random, dtype: torch.dtype) -> dict[str, Any]:
             bank = max(bank, base + (templates - 1) * stride + ((n - 1) * row + m) * kh * kw)
             coefficients = max(coefficients, at + templates)
     return {
-        "bank": torch.randn(bank, dtype=torch.float64).to(dtype),
+        "bank": torch.randn(bank, dtype=torch.float64).to(rng.choice(DTYPES)),
         "coefficients": torch.randn(coefficients),
         "pieces": pieces,
         "shapes": shapes,
@@ -81,30 +79,16 @@ def computed(arguments: dict[str, Any], grad: Tensor) -> list[Tensor]:
 
 
 def assert_right(arguments: dict[str, Any], grad: Tensor) -> None:
-    """Sums in float32 or wider, rounded once."""
     dtypes = arguments["bank"].dtype, arguments["bank"].dtype, torch.float32
-    values = computed(arguments, grad), exact(arguments, grad), exact(arguments, grad, absolute=True)
-    for got, expected, terms, dtype in zip(*values, dtypes, strict=True):
-        assert got.shape == expected.shape
-        assert got.dtype == dtype
-        error = (got.double() - expected).abs()
-        assert (error <= 2e-6 * terms + torch.finfo(dtype).eps * expected.abs() + torch.finfo(dtype).tiny).all()
+    terms = exact(arguments, grad, absolute=True)
+    assert_sums(computed(arguments, grad), exact(arguments, grad), terms, dtypes, eps=2e-6)
 
 
-@pytest.mark.parametrize("isa", runtime.cpu_features()["isas"])
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@on_every_isa
 def test_random_compositions(chunk: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPIN_CPU_ISA", isa)
-    rng = Random(int(torch.randint(2**31, ())))
-    for _ in range(SHAPES // CHUNKS):
-        arguments = any_composition(rng, rng.choice(DTYPES))
-        numel = sum(torch.Size(arguments["shapes"][i : i + 4]).numel() for i in range(0, len(arguments["shapes"]), 4))
-        grad = torch.randn(numel).to(arguments["bank"].dtype)
-        try:
-            assert_right(arguments, grad)
-        except AssertionError as error:
-            settings = {name: value for name, value in arguments.items() if not isinstance(value, Tensor)}
-            raise AssertionError(f"{arguments['bank'].dtype}, {settings}: {error}") from error
+    for arguments in draws(SHAPES, any_composition):
+        assert_right(arguments, torch.randn_like(COMPOSE(**arguments)))
 
 
 def nested_layers(templates: int, layers: int) -> dict[str, Any]:
@@ -134,18 +118,11 @@ def test_long_streams() -> None:
     assert_right(arguments, torch.randn_like(flat))
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_same_bits_with_any_number_of_threads() -> None:
-    arguments, threads = nested_layers(3, 9), torch.get_num_threads()
+    arguments = nested_layers(3, 9)
     grad = torch.randn_like(COMPOSE(**arguments))
-    results = []
-    try:
-        for number in (1, 2, 3, 2):
-            torch.set_num_threads(number)
-            results.append(computed(arguments, grad))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert_same_bits(lambda: computed(arguments, grad))
 
 
 def test_bank_elements_that_nothing_reads_have_no_gradient() -> None:

@@ -155,12 +155,19 @@ def test_no_stale_weights():
     assert not torch.equal(fused(image), after)
 
 
-def test_weights_are_fused_once_a_call(monkeypatch):
+def test_weights_are_fused_once_a_call_or_freezing(monkeypatch):
     _, fused = prepared("mean")
     calls, original = [], FusedMixer.distinct_weights
     monkeypatch.setattr(FusedMixer, "distinct_weights", lambda self: calls.append(1) or original(self))
     fused(torch.randn(2, 3, 16, 16)).sum().backward()
     assert len(calls) == 1
+    fused.eval().freeze()
+    fused.mixer.freeze()
+    assert len(calls) == 3
+    monkeypatch.setenv("SPIN_BACKEND", "reference")
+    fused.freeze()
+    fused.mixer.freeze()
+    assert len(calls) == 5
 
 
 @pytest.mark.parametrize("reduction", ["mean", "channel_weighted_mean"])

@@ -6,14 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from random_weights import DTYPES, assert_same_bits, assert_sums, draws, on_every_isa
 from torch import Tensor
 
 from spin_kernels import dispatch, reference
 
-runtime = pytest.importorskip("spin_kernels.spin_runtime", reason="the library is not built")
-CHUNKS = 5
 SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "1000")) // 4
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TENSORS = ("weight", "alpha", "beta", "gate")
 REPEAT = torch.ops.spin.repeat_weight.default
 
@@ -83,32 +81,17 @@ def terms(arguments: dict[str, Any], grad: Tensor) -> list[Tensor]:
 
 
 def assert_right(arguments: dict[str, Any], grad: Tensor) -> None:
-    """Sums in float32 or wider of terms that float32 gives to a few units, rounded once."""
     double = {n: a.double() if isinstance(a, Tensor) else a for n, a in arguments.items()}
     exact = run(reference.repeat_weight, double, grad.double())
-    dtypes = [t.dtype for n in TENSORS if (t := arguments[n]) is not None]
-    for got, expected, size, dtype in zip(
-        run(REPEAT, arguments, grad), exact, terms(arguments, grad), [grad.dtype, *dtypes], strict=True
-    ):
-        assert got.shape == expected.shape
-        assert got.dtype == dtype
-        error = (got.double() - expected).abs()
-        assert (error <= 4e-6 * size + torch.finfo(dtype).eps * expected.abs() + torch.finfo(dtype).tiny).all()
+    dtypes = [grad.dtype, *(t.dtype for n in TENSORS if (t := arguments[n]) is not None)]
+    assert_sums(run(REPEAT, arguments, grad), exact, terms(arguments, grad), dtypes, eps=4e-6)
 
 
-@pytest.mark.parametrize("isa", runtime.cpu_features()["isas"])
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@on_every_isa
 def test_random_tilings(chunk: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPIN_CPU_ISA", isa)
-    rng = Random(int(torch.randint(2**31, ())))
-    for _ in range(SHAPES // CHUNKS):
-        arguments = any_arguments(rng)
-        grad = torch.randn_like(REPEAT(**arguments))
-        try:
-            assert_right(arguments, grad)
-        except AssertionError as error:
-            shapes = {n: a.shape if isinstance(a, Tensor) else a for n, a in arguments.items()}
-            raise AssertionError(f"{grad.dtype}, {shapes}: {error}") from error
+    for arguments in draws(SHAPES, any_arguments):
+        assert_right(arguments, torch.randn_like(REPEAT(**arguments)))
 
 
 @pytest.mark.parametrize("modulation", ["plain", "swish", "gate"])
@@ -120,18 +103,11 @@ def test_long_streams(modulation: str) -> None:
     assert_right(arguments, torch.randn_like(result))
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("modulation", ["swish", "gate"])
 def test_same_bits_with_any_number_of_threads(modulation: str) -> None:
-    arguments, threads = drawn(64, 96, 200, 200, 3, 3, modulation, torch.float32), torch.get_num_threads()
-    grad, results = torch.randn(200, 200, 3, 3), []
-    try:
-        for number in (1, 2, 3, 2):
-            torch.set_num_threads(number)
-            results.append(run(REPEAT, arguments, grad))
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    arguments, grad = drawn(64, 96, 200, 200, 3, 3, modulation, torch.float32), torch.randn(200, 200, 3, 3)
+    assert_same_bits(lambda: run(REPEAT, arguments, grad))
 
 
 def test_exponentials_do_not_overflow() -> None:

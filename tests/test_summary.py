@@ -123,6 +123,7 @@ def spin(*arguments):
 @pytest.mark.parametrize("name", ["convmixer_256_8_k5_p2", "ws_vit_384_12_h6_p16_s2"])
 def test_info(name, tmp_path):
     chart = tmp_path / "deep" / "map.png"
+    (tmp_path / "folder.png").mkdir()
     done = spin("info", name, "--plot", chart)
     assert done.exit_code == 0, done.output
     assert f"{sum(p.numel() for p in models.create(name).parameters()):,} parameters" in done.output
@@ -134,13 +135,16 @@ def test_info(name, tmp_path):
         (("info", name, "--image-size", "1"), "--image-size"),
         (("info", name, "--plot", tmp_path / "map.txt"), "expected a .png, .pdf or .svg file"),
         (("info", name, "--plot", chart / "map.png"), "expected a file that can be written"),
+        (("info", name, "--plot", tmp_path / "folder.png"), "expected a file that can be written"),
+        (("info", name, "--plot", tmp_path / f"{'x' * 300}.png"), "expected a file that can be written"),
     ):
         done = spin(*arguments)
         assert done.exit_code == 2
         assert said in done.output
 
 
-def test_analyze(tmp_path):
+def test_analyze(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the heat map goes without --plot
     Image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
     name, chart = "convmixer_256_8_k5_p2", tmp_path / "cka.png"
     (tmp_path / "images").mkdir()
@@ -157,16 +161,18 @@ def test_analyze(tmp_path):
     rows = [[float(value) for value in line.split()] for line in done.output.splitlines()[1:9]]
     assert [row[i] for i, row in enumerate(rows)] == [1.0] * 8  # a network and itself
     assert chart.stat().st_size > 0
+    chart.unlink()
     for arguments, said in (
         ((*call, *one, tmp_path / "other.pth"), "expected the network's own state dict, got: Missing key"),
         ((*call, *one, tmp_path / "none.pth"), "which is not there"),
-        ((*call[:4], tmp_path), "expected two pictures or more, got 1"),  # the heat map
+        ((*call[:4], tmp_path), "expected two pictures or more, got 0"),
         ((*call[:4], tmp_path / "images" / "0.png"), "expected a folder"),
         (("analyze", name, "ws_convmixer_768_32_k3_p14_s8", *call[3:]), "images of one size, got sides [32, 224]"),
     ):
         done = spin(*arguments)
         assert done.exit_code == 2
         assert said in done.output
+    assert not list(tmp_path.glob("*.png"))  # nothing of a call that failed
 
 
 def test_module_runs():

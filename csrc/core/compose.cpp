@@ -14,27 +14,26 @@ namespace {
 // A tile's templates stay in L1 (48 KB, or 32) beside what streams through it; its users' gradients in L2.
 constexpr int64_t kTileBytes = 24 << 10;
 constexpr int64_t kLeastColumns = 256, kMostColumns = 4096;  // below, starts of streams; above, few tiles
-// Results beyond this are read again from memory anyway.
-constexpr int64_t kStreamBytes = 8 << 20;
-constexpr int64_t kZeroElements = 1 << 18;  // of a gradient, filled at a time
+constexpr int64_t kZeroElements = 1 << 18;                   // of a gradient, filled at a time
 
-int64_t product(std::initializer_list<int64_t> factors) {
-  int64_t result = 1;
-  for (int64_t factor : factors) {
-    if (factor < 0 || __builtin_mul_overflow(result, factor, &result)) {
-      throw std::invalid_argument("pieces, shapes: expected sizes that fit in 63 bits");
+struct Piece {
+  int64_t layer, base, stride, templates, coefficient, out_offset, in_offset, out, in, row;
+};
+
+// The sum of products.
+int64_t total(std::initializer_list<std::initializer_list<int64_t>> products) {
+  int64_t sum = 0;
+  for (const auto& factors : products) {
+    int64_t product = 1;
+    bool fits = true;
+    for (const int64_t factor : factors) {
+      fits = fits && factor >= 0 && !__builtin_mul_overflow(product, factor, &product);
+    }
+    if (!fits || __builtin_add_overflow(sum, product, &sum)) {
+      throw std::invalid_argument("pieces, shapes: expected sizes and offsets from 0 on that fit in 63 bits");
     }
   }
-  return result;
-}
-int64_t sum(std::initializer_list<int64_t> terms) {
-  int64_t result = 0;
-  for (int64_t term : terms) {
-    if (term < 0 || __builtin_add_overflow(result, term, &result)) {
-      throw std::invalid_argument("pieces: expected offsets that are not negative and fit in 63 bits");
-    }
-  }
-  return result;
+  return sum;
 }
 
 }  // namespace
@@ -46,7 +45,7 @@ Composition::Composition(const std::vector<int64_t>& pieces, const std::vector<i
   std::vector<int64_t> first;  // of each layer in the result
   for (size_t l = 0; l < shapes.size(); l += 4) {
     first.push_back(numel_);
-    numel_ = sum({numel_, product({shapes[l], shapes[l + 1], shapes[l + 2], shapes[l + 3]})});
+    numel_ = total({{numel_}, {shapes[l], shapes[l + 1], shapes[l + 2], shapes[l + 3]}});
   }
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, size_t> found;
   std::vector<std::vector<Part>> parts;  // of each window
@@ -56,14 +55,13 @@ Composition::Composition(const std::vector<int64_t>& pieces, const std::vector<i
     const std::string name = "pieces: piece " + std::to_string(i / 10);
     if (p.layer < 0 || p.layer >= int64_t(first.size())) throw std::invalid_argument(name + " has no such layer");
     const int64_t* shape = shapes.data() + 4 * p.layer;
-    if (p.templates < 1 || p.out < 1 || p.in < 1 || p.row < p.in || sum({p.out_offset, p.out}) > shape[0] ||
-        sum({p.in_offset, p.in}) > shape[1]) {
+    if (p.templates < 1 || p.out < 1 || p.in < 1 || p.row < p.in || total({{p.out_offset}, {p.out}}) > shape[0] ||
+        total({{p.in_offset}, {p.in}}) > shape[1]) {
       throw std::invalid_argument(name + " expected to lie inside its layer");
     }
-    const int64_t taps = shape[2] * shape[3], pitch = product({p.row, taps}), run = p.in * taps;
-    bank_end_ =
-        std::max(bank_end_, sum({p.base, product({p.templates - 1, p.stride}), product({p.out - 1, pitch}), run}));
-    coefficient_end_ = std::max(coefficient_end_, sum({p.coefficient, p.templates}));
+    const int64_t taps = shape[2] * shape[3], pitch = total({{p.row, taps}}), run = p.in * taps;
+    bank_end_ = std::max(bank_end_, total({{p.base}, {p.templates - 1, p.stride}, {p.out - 1, pitch}, {run}}));
+    coefficient_end_ = std::max(coefficient_end_, total({{p.coefficient}, {p.templates}}));
     const int64_t stride = p.templates > 1 ? p.stride : 0, to_pitch = shape[1] * taps;
     const auto [entry, is_new] = found.try_emplace({p.base, stride, p.templates, pitch}, windows_.size());
     if (is_new) windows_.push_back({p.base, stride, p.templates, pitch}), parts.emplace_back();
@@ -135,7 +133,7 @@ std::vector<Composition::Tile> Composition::tiles() const {
 }
 
 ComposeTile Composition::open(const Tile& tile, DType type, const char* bank, const float* coefficients, char* flat,
-                              std::vector<ComposeUser>& users) const {
+                              std::vector<ComposeUser>& users) {
   const Window& w = *tile.window;
   const int64_t bytes = size_of(type);
   users.clear();

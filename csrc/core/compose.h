@@ -19,10 +19,6 @@
 
 namespace spin {
 
-struct Piece {
-  int64_t layer, base, stride, templates, coefficient, out_offset, in_offset, out, in, row;
-};
-
 class Composition {
  public:
   // Ten integers per piece, four (out, in, kh, kw) per layer. Throws std::invalid_argument for pieces that leave their
@@ -78,8 +74,8 @@ class Composition {
   };
   static void cut(Window& window, const std::vector<Part>& parts);
   std::vector<Tile> tiles() const;
-  ComposeTile open(const Tile& tile, DType type, const char* bank, const float* coefficients, char* flat,
-                   std::vector<ComposeUser>& users) const;
+  static ComposeTile open(const Tile& tile, DType type, const char* bank, const float* coefficients, char* flat,
+                          std::vector<ComposeUser>& users);
 
   std::vector<Window> windows_;  // by base
   int64_t phases_ = 0, bank_end_ = 0, coefficient_end_ = 0, numel_ = 0;

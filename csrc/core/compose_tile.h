@@ -7,38 +7,17 @@
 // their own, with the bank's gradient from L2 after it, took 1.3 to 2 times as long: memory waits meanwhile). Forward
 // one multiply-add per template and vector, backward two. Numerics: float32 sums inside a tile, in double across tiles.
 #pragma once
-#include "kernels.h"
+#include "weight_tile.h"
 
 namespace spin {
 
 template <class V, DType kType>
-struct Compose {
-  using F = typename V::F;
-  static constexpr int64_t kLanes = V::kLanes, kBytes = size_of(kType);
+struct Compose : WeightTile<V, kType> {
+  using Base = WeightTile<V, kType>;
+  using Base::kLanes, Base::kBytes, Base::kStreams, Base::load, Base::load_part, Base::store_part;
+  using typename Base::F, typename Base::Span;
   static constexpr int kVectors = 4;
-  static constexpr int kTemplates = V::kLanes == 16 ? 8 : 4;  // by registers
-  static constexpr int64_t kStreams = 12;                     // users read at a time, by what prefetchers follow
-
-  struct Span {
-    int64_t first, last;
-  };
-
-  static SPIN_INLINE F load(const char* from) { return V::load_as(from, kType); }
-  // The first `count` values, zeros after them.
-  template <DType kOf = kType>
-  static SPIN_INLINE F load_part(const char* from, int64_t count) {
-    if (count >= kLanes) return V::load_as(from, kOf);
-    alignas(64) char values[kLanes * 4] = {};
-    __builtin_memcpy(values, from, count * size_of(kOf));
-    return V::load_as(values, kOf);
-  }
-  template <DType kOf = kType>
-  static SPIN_INLINE void store_part(char* to, F x, int64_t count) {
-    if (count >= kLanes) return V::store_as(to, kOf, x);
-    alignas(64) char values[kLanes * 4];
-    V::store_as(values, kOf, x);
-    __builtin_memcpy(to, values, count * size_of(kOf));
-  }
+  static constexpr int kTemplates = kLanes == 16 ? 8 : 4;  // by registers
 
   template <int kCount, bool kStream>
   static SPIN_INLINE void combine(const char* from, const ComposeTile& t, const float* c, char* to, int64_t part) {
@@ -68,8 +47,7 @@ struct Compose {
   static SPIN_INLINE void row(const char* from, const ComposeTile& t, const float* c, char* to) {
     int64_t j = 0;
     if constexpr (kStream) {  // whole lines only
-      const int64_t ahead = -reinterpret_cast<intptr_t>(to) / kBytes & (kLanes - 1);
-      j = ahead < t.columns ? ahead : t.columns;
+      j = Base::before_stream(to, t.columns);
       if (j > 0) combine<1, false>(from, t, c, to, j);
     }
     for (; j + kVectors * kLanes <= t.columns; j += kVectors * kLanes) {
@@ -133,11 +111,11 @@ struct Compose {
       for (int v = 0; v < kWide; ++v, to += kLanes * 4) {
         const int64_t count = kWide == 1 ? part : kLanes;
         if (!first) {
-          store_part<DType::kFloat32>(to, V::add(sum[i][v], load_part<DType::kFloat32>(to, count)), count);
+          store_part(to, V::add(sum[i][v], load_part(to, count, DType::kFloat32)), count, DType::kFloat32);
         } else if (kWide > 1 && stream) {
           V::stream(to, sum[i][v]);
         } else {
-          store_part<DType::kFloat32>(to, sum[i][v], count);
+          store_part(to, sum[i][v], count, DType::kFloat32);
         }
       }
     }
@@ -154,40 +132,33 @@ struct Compose {
 
   static void backward(const ComposeTile& t) {
     const int64_t count = t.users_count * t.templates;
-    for (int64_t i = 0; i < count; ++i) V::store(t.sums + i * kLanes, V::zero());
+    Base::clear(t.sums, count);
     for (int64_t u = 0; u < t.users_count; u += kStreams) {
-      const Span users{u, t.users_count - u < kStreams ? t.users_count : u + kStreams};
+      const Span users = Base::span(u, t.users_count);
       for (int64_t r = 0; r < t.rows; ++r) {
         int64_t j = 0;
         for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes) {
           for (int64_t k = 0; k < t.templates; k += kTemplates) some<1>(t, users, r, j, k);
         }
         for (; j < t.columns; j += kLanes) {
-          const int64_t part = t.columns - j < kLanes ? t.columns - j : kLanes;
+          const int64_t part = Base::smaller(kLanes, t.columns - j);
           for (int64_t k = 0; k < t.templates; ++k) gradients<1, 1>(t, users, r, j, k, part);
         }
       }
     }
     if (t.stream) V::fence();
-    for (int64_t i = 0; i < count; ++i) {
-      t.products[i] = 0;
-      for (int64_t lane = 0; lane < kLanes; ++lane) t.products[i] += t.sums[i * kLanes + lane];
-    }
+    Base::reduce(t.sums, count, t.products);
   }
 };
 
 template <class V>
 void compose(const ComposeTile& t) {
-  if (t.type == DType::kFloat32) return Compose<V, DType::kFloat32>::forward(t);
-  if (t.type == DType::kBFloat16) return Compose<V, DType::kBFloat16>::forward(t);
-  Compose<V, DType::kFloat16>::forward(t);
+  with_type(t.type, [&](auto type) { Compose<V, type.value>::forward(t); });
 }
 
 template <class V>
 void compose_gradient(const ComposeTile& t) {
-  if (t.type == DType::kFloat32) return Compose<V, DType::kFloat32>::backward(t);
-  if (t.type == DType::kBFloat16) return Compose<V, DType::kBFloat16>::backward(t);
-  Compose<V, DType::kFloat16>::backward(t);
+  with_type(t.type, [&](auto type) { Compose<V, type.value>::backward(t); });
 }
 
 }  // namespace spin

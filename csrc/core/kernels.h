@@ -167,6 +167,8 @@ struct PatchArgs {
   int64_t output_stride;        // bytes from one line to the next
 };
 
+constexpr int64_t kStreamBytes = 8 << 20;  // made weights beyond this are read again from memory anyway
+
 // A part of a window of the bank for all layers that use it (compose.h). Elements but where it says otherwise.
 struct ComposeUser {
   char* data;  // forward the result, backward its gradient; where the tile begins

@@ -8,8 +8,7 @@
 namespace spin {
 namespace {
 
-constexpr int64_t kPieceElements = 4096;   // of the base: 16 KB, beside what streams through L1
-constexpr int64_t kStreamBytes = 8 << 20;  // results beyond this are read again from memory anyway
+constexpr int64_t kPieceElements = 4096;  // of the base: 16 KB, beside what streams through L1
 
 struct Piece {
   int64_t row, rows, column, columns;

@@ -6,17 +6,15 @@
 // (where exp(beta w) overflows, s and what it multiplies are 0).
 #pragma once
 #include "activation.h"
-#include "compose_tile.h"
+#include "weight_tile.h"
 
 namespace spin {
 
 template <class V, DType kType, Modulation kModulation>
-struct Repeat : Compose<V, kType> {
-  using F = typename V::F;
-  using Compose<V, kType>::kLanes, Compose<V, kType>::kBytes, Compose<V, kType>::kStreams;
-  using Compose<V, kType>::load_part, Compose<V, kType>::store_part;
-  using typename Compose<V, kType>::Span;
-  static constexpr int64_t kStep = kLanes * kBytes;
+struct Repeat : WeightTile<V, kType> {
+  using Base = WeightTile<V, kType>;
+  using Base::kLanes, Base::kBytes, Base::kStreams, Base::load_part, Base::store_part, Base::smaller;
+  using typename Base::F, typename Base::Span;
 
   // s, and 1 - s as exp(beta w) s: a difference would cancel where s is near 1. Where the exponential is infinite s is
   // 0, and so is everything that it is multiplied with.
@@ -43,13 +41,12 @@ struct Repeat : Compose<V, kType> {
         };
         int64_t j = 0;
         if (t.stream) {
-          const int64_t ahead = -reinterpret_cast<intptr_t>(to) / kBytes & (kLanes - 1);
-          j = ahead < user.columns ? ahead : user.columns;
+          j = Base::before_stream(to, user.columns);
           if (j > 0) store_part(to, vector(0, j), j);
           for (; j + kLanes <= user.columns; j += kLanes) V::stream(to + j * kBytes, vector(j, kLanes));
         }
         for (; j < user.columns; j += kLanes) {
-          const int64_t count = user.columns - j < kLanes ? user.columns - j : kLanes;
+          const int64_t count = smaller(kLanes, user.columns - j);
           store_part(to + j * kBytes, vector(j, count), count);
         }
       }
@@ -62,7 +59,7 @@ struct Repeat : Compose<V, kType> {
     F sum = V::zero();
     for (int64_t u = users.first; u < users.last; ++u) {
       const RepeatUser& user = t.users[u];
-      const int64_t count = user.columns - j < kLanes ? user.columns - j : kLanes;
+      const int64_t count = smaller(kLanes, user.columns - j);
       if (r >= user.rows || count <= 0) continue;
       const int64_t at = (r * user.pitch + j) * kBytes;
       const F g = load_part(user.data + at, count);
@@ -91,42 +88,30 @@ struct Repeat : Compose<V, kType> {
 
   static void backward(const RepeatTile& t) {
     const int64_t count = kModulation == Modulation::kSwish ? 2 * t.users_count : 0;
-    for (int64_t i = 0; i < count; ++i) V::store(t.sums + i * kLanes, V::zero());
-    for (int64_t first = 0; first < t.users_count; first += kStreams) {
-      const Span users{first, t.users_count - first < kStreams ? t.users_count : first + kStreams};
+    Base::clear(t.sums, count);
+    for (int64_t u = 0; u < t.users_count; u += kStreams) {
+      const Span users = Base::span(u, t.users_count);
       for (int64_t r = 0; r < t.rows; ++r) {
         for (int64_t j = 0; j < t.columns; j += kLanes) {
-          const int64_t part = t.columns - j < kLanes ? t.columns - j : kLanes;
+          const int64_t part = smaller(kLanes, t.columns - j);
           char* to = reinterpret_cast<char*>(t.base_gradient + r * t.pitch + j);
           F x = gradient(t, users, r, j);
-          if (first > 0) x = V::add(x, Compose<V, DType::kFloat32>::load_part(to, part));
-          Compose<V, DType::kFloat32>::store_part(to, x, part);
+          if (u > 0) x = V::add(x, load_part(to, part, DType::kFloat32));
+          store_part(to, x, part, DType::kFloat32);
         }
       }
     }
-    for (int64_t i = 0; i < count; ++i) {
-      t.products[i] = 0;
-      for (int64_t lane = 0; lane < kLanes; ++lane) t.products[i] += t.sums[i * kLanes + lane];
-    }
+    Base::reduce(t.sums, count, t.products);
   }
-};
-
-template <DType kType>
-struct TypeConstant {
-  static constexpr DType value = kType;
 };
 
 template <class V, class Run>
 SPIN_INLINE void with_repeat(const RepeatTile& t, const Run& run) {
-  auto typed = [&](auto type) {
-    constexpr DType kType = decltype(type)::value;
-    if (t.modulation == Modulation::kPlain) return run(Repeat<V, kType, Modulation::kPlain>());
-    if (t.modulation == Modulation::kGate) return run(Repeat<V, kType, Modulation::kGate>());
-    run(Repeat<V, kType, Modulation::kSwish>());
-  };
-  if (t.type == DType::kFloat32) return typed(TypeConstant<DType::kFloat32>());
-  if (t.type == DType::kBFloat16) return typed(TypeConstant<DType::kBFloat16>());
-  typed(TypeConstant<DType::kFloat16>());
+  with_type(t.type, [&](auto type) {
+    if (t.modulation == Modulation::kPlain) return run(Repeat<V, type.value, Modulation::kPlain>());
+    if (t.modulation == Modulation::kGate) return run(Repeat<V, type.value, Modulation::kGate>());
+    run(Repeat<V, type.value, Modulation::kSwish>());
+  });
 }
 
 template <class V>

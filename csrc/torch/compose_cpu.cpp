@@ -1,12 +1,9 @@
 // CPU kernels of compose_superweights: tensors in, raw pointers to csrc/core.
 #include "../core/compose.h"
-#include "../core/run.h"
 #include "tensors.h"
 
 namespace spin {
 namespace {
-
-const Kernels& kernels() { return select_kernels(DType::kFloat32, forced_isa()); }
 
 struct Call {
   Composition composition;
@@ -33,8 +30,8 @@ Tensor compose(const Tensor& bank, const Tensor& coefficients, std::vector<int64
   return within_memory("pieces", [&] {
     const Call call = read(bank, coefficients, pieces, shapes);
     Tensor result = pooled(bank, call.composition.numel(), size_of(call.type));
-    call.composition.run(kernels(), call.type, call.bank, call.coefficients,
-                         static_cast<char*>(result.mutable_data_ptr()), torch_parallel());
+    call.composition.run(weight_kernels(), call.type, call.bank, call.coefficients, mutable_bytes(result),
+                         torch_parallel());
     return result;
   });
 }
@@ -44,17 +41,12 @@ std::tuple<Tensor, Tensor> compose_backward(const Tensor& grad, const Tensor& ba
   return within_memory("pieces", [&] {
     Call call = read(bank, coefficients, pieces, shapes);
     const char* gradient = data_of(grad, call.type, {call.composition.numel()}, "grad", call.keep);
-    const int64_t size = bank.numel(), bytes = size_of(call.type);
-    Tensor to_bank = pooled(bank, size, bytes);
+    Tensor to_bank = pooled(bank, bank.numel(), size_of(call.type));
     Tensor to_coefficients = new_tensor(coefficients, {coefficients.numel()}, ScalarType::Float);
-    char* out = static_cast<char*>(to_bank.mutable_data_ptr());
-    const bool narrow = call.type != DType::kFloat32;
-    const Workspace wide(narrow ? 4 * round_up(size, 64) : 0);
-    call.composition.backward(kernels(), call.type, gradient, call.bank, call.coefficients,
-                              reinterpret_cast<float*>(narrow ? wide.data() : out), size,
-                              static_cast<float*>(to_coefficients.mutable_data_ptr()), coefficients.numel(),
-                              torch_parallel());
-    if (narrow) kernels().narrow(reinterpret_cast<const float*>(wide.data()), call.type, size, out);
+    fill_as_floats(to_bank, call.type, [&](float* floats) {
+      call.composition.backward(weight_kernels(), call.type, gradient, call.bank, call.coefficients, floats,
+                                bank.numel(), mutable_floats(to_coefficients), coefficients.numel(), torch_parallel());
+    });
     return std::make_tuple(to_bank, to_coefficients);
   });
 }

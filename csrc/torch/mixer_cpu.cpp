@@ -201,12 +201,11 @@ Tensors9 mixer_backward_cpu(const Tensor& grad, const Tensor& dw_stats, const Te
                    zeros_like(pw_coefficients, x),
                    zeros_like(pw_gain, x)};
     if (tokens == 0) return grads;
-    auto bytes = [](const Tensor& t) { return t.numel() ? static_cast<char*>(t.mutable_data_ptr()) : nullptr; };
-    auto floats = [&](const Tensor& t) { return reinterpret_cast<float*>(bytes(t)); };
-    const MixerGradients out{view_of(x_grad, m.shape.type), x_grad.stride(0),           bytes(std::get<1>(grads)),
-                             bytes(std::get<2>(grads)),     floats(std::get<3>(grads)), bytes(std::get<4>(grads)),
-                             bytes(std::get<5>(grads)),     floats(std::get<6>(grads)), floats(std::get<7>(grads)),
-                             floats(std::get<8>(grads))};
+    const MixerGradients out{view_of(x_grad, m.shape.type),      x_grad.stride(0),
+                             mutable_bytes(std::get<1>(grads)),  mutable_bytes(std::get<2>(grads)),
+                             mutable_floats(std::get<3>(grads)), mutable_bytes(std::get<4>(grads)),
+                             mutable_bytes(std::get<5>(grads)),  mutable_floats(std::get<6>(grads)),
+                             mutable_floats(std::get<7>(grads)), mutable_floats(std::get<8>(grads))};
     train_backward(training_kernels(m.shape.type), training_call(m, x, eps, dw_stats, pw_stats, kept, saved),
                    view_of(grad, m.shape.type), grad.stride(0), out, torch_parallel());
     return grads;
@@ -221,7 +220,7 @@ Tensor pack(const Tensor& like, NetworkShape shape, const MixerWeights& weights,
   Network network(kernels, std::move(shape), matrices);
   const int64_t bytes = blob_bytes(network);
   Tensor blob = torch::stable::new_empty(like, {&bytes, 1}, ScalarType::Byte);
-  char* data = static_cast<char*>(blob.mutable_data_ptr());
+  char* data = mutable_bytes(blob);
   advise_huge_pages(data, bytes);
   write_blob_header(network, data);
   network.bind(data + bytes - network.bytes());
@@ -312,7 +311,7 @@ Tensor frozen_network(const Tensor& image, const Tensor& packed, int64_t num_cla
   const DType type = dtype_of(image, "image");
   STD_TORCH_CHECK(type == s.type || type == DType::kFloat32, "image: expected float32 or the dtype of the weights");
   Tensor logits = empty_like(image, {image.size(0), s.classes});
-  External out{static_cast<char*>(logits.mutable_data_ptr()), type, s.classes, 1, 1, 1, 0, 0};
+  External out{mutable_bytes(logits), type, s.classes, 1, 1, 1, 0, 0};
   run_packed(network, {image.size(0), view_of(image, type), image.stride(0), out, s.classes}, torch_parallel());
   return logits;
 }

@@ -1,12 +1,9 @@
 // CPU kernels of repeat_weight: tensors in, raw pointers to csrc/core.
 #include "../core/repeat.h"
-#include "../core/run.h"
 #include "tensors.h"
 
 namespace spin {
 namespace {
-
-const Kernels& kernels() { return select_kernels(DType::kFloat32, forced_isa()); }
 
 struct Call {
   RepeatShape shape;
@@ -44,7 +41,7 @@ Tensor repeat(const Tensor& weight, const std::optional<Tensor>& alpha, const st
   return within_memory("weight", [&] {
     const Call call = read(weight, alpha, beta, gate, out, in);
     Tensor result = shaped(weight, out, in, weight);
-    repeat_weight(kernels(), call.shape, call.weights, static_cast<char*>(result.mutable_data_ptr()), torch_parallel());
+    repeat_weight(weight_kernels(), call.shape, call.weights, mutable_bytes(result), torch_parallel());
     return result;
   });
 }
@@ -63,15 +60,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> repeat_backward(const Tensor& grad, c
     Tensor to_alpha = alpha ? new_tensor(*alpha, tiles, ScalarType::Float) : none();
     Tensor to_beta = beta ? new_tensor(*beta, tiles, ScalarType::Float) : none();
     Tensor to_gate = gate ? shaped(*gate, out, in, weight) : none();
-    auto floats = [](const Tensor& t) { return t.numel() ? static_cast<float*>(t.mutable_data_ptr()) : nullptr; };
-    const int64_t size = call.shape.base_elements();
-    char* base = static_cast<char*>(to_weight.mutable_data_ptr());
-    const bool narrow = call.weights.type != DType::kFloat32;
-    const Workspace wide(narrow ? 4 * round_up(size, 64) : 0);
-    repeat_weight_backward(kernels(), call.shape, call.weights, gradient,
-                           reinterpret_cast<float*>(narrow ? wide.data() : base), floats(to_alpha), floats(to_beta),
-                           gate ? static_cast<char*>(to_gate.mutable_data_ptr()) : nullptr, torch_parallel());
-    if (narrow) kernels().narrow(reinterpret_cast<const float*>(wide.data()), call.weights.type, size, base);
+    fill_as_floats(to_weight, call.weights.type, [&](float* floats) {
+      repeat_weight_backward(weight_kernels(), call.shape, call.weights, gradient, floats, mutable_floats(to_alpha),
+                             mutable_floats(to_beta), mutable_bytes(to_gate), torch_parallel());
+    });
     return std::make_tuple(to_weight, to_alpha, to_beta, to_gate);
   });
 }

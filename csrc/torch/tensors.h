@@ -11,8 +11,8 @@
 #include <optional>
 #include <vector>
 
+#include "../core/cpu.h"
 #include "../core/team.h"
-#include "../core/types.h"
 #include "../core/workspace.h"
 
 namespace spin {
@@ -84,6 +84,24 @@ inline Tensor pooled(const Tensor& like, int64_t elements, int64_t item_bytes) {
   const int64_t stride = 1;
   return torch::stable::from_blob(memory->data(), {&elements, 1}, {&stride, 1}, like.device(), like.scalar_type(),
                                   [memory](void*) {});
+}
+
+// What is to be written; null where there is nothing.
+inline char* mutable_bytes(const Tensor& t) { return t.numel() ? static_cast<char*>(t.mutable_data_ptr()) : nullptr; }
+inline float* mutable_floats(const Tensor& t) { return reinterpret_cast<float*>(mutable_bytes(t)); }
+
+// ---- the operators that make weights ----
+
+inline const Kernels& weight_kernels() { return select_kernels(DType::kFloat32, forced_isa()); }
+
+// A gradient that kernels make as floats, fill(floats), whatever the tensor's type.
+template <class Fill>
+void fill_as_floats(const Tensor& to, DType type, const Fill& fill) {
+  if (type == DType::kFloat32) return fill(mutable_floats(to));
+  const Workspace wide(4 * round_up(to.numel(), 64));
+  float* floats = reinterpret_cast<float*>(wide.data());
+  fill(floats);
+  weight_kernels().narrow(floats, type, to.numel(), mutable_bytes(to));
 }
 
 }  // namespace spin

@@ -139,11 +139,12 @@ class ConvMixer(Freezable):
         return {name for name, _ in self.named_parameters()} - weights
 
     def _pack(self) -> Tensor | tuple[PatchEmbed, dict[str, Any], Head]:
-        if not self.mixer._has_packed_form():
+        arguments = self.mixer._op_arguments()
+        if not self.mixer._has_packed_form(arguments):
             ends = copy.deepcopy(self.patch_embed), copy.deepcopy(self.head)
             for end in ends:
                 end.zero_grad()  # frees the copied gradients
-            return ends[0], self.mixer._pack(), ends[1]
+            return ends[0], self.mixer._composed(arguments), ends[1]
         conv, bn, fc = self.patch_embed.conv, self.patch_embed.bn, self.head.fc
         affine = fold_batch_norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, dim=0)
         return torch.ops.spin._pack_network(
@@ -154,7 +155,7 @@ class ConvMixer(Freezable):
             conv.padding[0],
             fc.weight,
             fc.bias,
-            *self.mixer._op_arguments().values(),
+            *arguments.values(),
         )
 
     def _run_packed(self, image: Tensor, packed: Tensor | tuple[PatchEmbed, dict[str, Any], Head]) -> Tensor:

@@ -208,18 +208,22 @@ class SharedMixer(Float32State, Freezable):
                 running.lerp_(torch.stack((mean, biased * (count / (count - 1))), 1), momentum)
         return y
 
-    def _has_packed_form(self) -> bool:
-        """Whether calls would take the C++ kernels, which can read packed weights."""
+    def _has_packed_form(self, arguments: dict[str, Any]) -> bool:
+        """Whether calls with these arguments would take the C++ kernels, which can read packed weights."""
         x = self.pw_weight.new_empty((1, self.dim, 1, 1))
-        return dispatch.choose("mixer", (x, *self._op_arguments().values(), None)).backend == "cpu"
+        return dispatch.choose("mixer", (x, *arguments.values(), None)).backend == "cpu"
 
     def _pack(self) -> Tensor | dict[str, Any]:
         arguments = self._op_arguments()
-        if self._has_packed_form():  # where every block has gains, 1 if nothing else
+        if self._has_packed_form(arguments):  # where every block has gains, 1 if nothing else
             return torch.ops.spin._pack_mixer(*arguments.values())
+        return self._composed(arguments)
+
+    def _composed(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """Copies of the arguments with templates combined and gains folded in, for calls of the plain operator."""
         weight = compose_matrices(arguments["pw_weight"], arguments["pw_coefficients"])
-        arguments |= {"pw_weight": weight, "pw_coefficients": None} | self._folded_gains(weight, arguments["pw_gain"])
-        return {name: a.detach().clone() if isinstance(a, Tensor) else a for name, a in arguments.items()}
+        made = {"pw_weight": weight, "pw_coefficients": None} | self._folded_gains(weight, arguments["pw_gain"])
+        return {name: a.detach().clone() if isinstance(a, Tensor) else a for name, a in (arguments | made).items()}
 
     def _folded_gains(self, weight: Tensor, gain: Tensor | None) -> dict[str, Tensor | None]:
         """Gains multiplied into the matrices, where all users of each have the same ones: a vector less per block.

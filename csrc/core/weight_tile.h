@@ -1,0 +1,62 @@
+// What the kernels that make weights share: parts of vectors, users a few at a time, sums over lanes.
+#pragma once
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace spin {
+
+template <class V, DType kType>
+struct WeightTile {
+  using F = typename V::F;
+  static constexpr int64_t kLanes = V::kLanes, kBytes = size_of(kType);
+  static constexpr int64_t kStreams = 12;  // users read at a time, by what prefetchers follow
+
+  struct Span {
+    int64_t first, last;
+  };
+
+  static SPIN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+  static SPIN_INLINE Span span(int64_t first, int64_t users) { return {first, smaller(first + kStreams, users)}; }
+
+  static SPIN_INLINE F load(const char* from) { return V::load_as(from, kType); }
+  // The first `count` values, zeros after them.
+  static SPIN_INLINE F load_part(const char* from, int64_t count, DType type = kType) {
+    if (count >= kLanes) return V::load_as(from, type);
+    alignas(64) char values[kLanes * 4] = {};
+    __builtin_memcpy(values, from, count * size_of(type));
+    return V::load_as(values, type);
+  }
+  static SPIN_INLINE void store_part(char* to, F x, int64_t count, DType type = kType) {
+    if (count >= kLanes) return V::store_as(to, type, x);
+    alignas(64) char values[kLanes * 4];
+    V::store_as(values, type, x);
+    __builtin_memcpy(to, values, count * size_of(type));
+  }
+
+  // Values of a row before the first whole vector that may go past the caches.
+  static SPIN_INLINE int64_t before_stream(const char* to, int64_t columns) {
+    return smaller(-reinterpret_cast<intptr_t>(to) / kBytes & (kLanes - 1), columns);
+  }
+
+  static SPIN_INLINE void clear(float* sums, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) V::store(sums + i * kLanes, V::zero());
+  }
+  // The totals of `count` vectors.
+  static SPIN_INLINE void reduce(const float* sums, int64_t count, double* totals) {
+    for (int64_t i = 0; i < count; ++i) {
+      totals[i] = 0;
+      for (int64_t lane = 0; lane < kLanes; ++lane) totals[i] += sums[i * kLanes + lane];
+    }
+  }
+};
+
+// run() with `type` as a constant.
+template <class Run>
+SPIN_INLINE void with_type(DType type, const Run& run) {
+  if (type == DType::kFloat32) return run(std::integral_constant<DType, DType::kFloat32>());
+  if (type == DType::kBFloat16) return run(std::integral_constant<DType, DType::kBFloat16>());
+  run(std::integral_constant<DType, DType::kFloat16>());
+}
+
+}  // namespace spin
