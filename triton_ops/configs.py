@@ -64,13 +64,6 @@ class VectorTiles(NamedTuple):
     reason: str
 
 
-class ComposeTiles(NamedTuple):
-    templates: int  # in registers
-    block: int
-    warps: int
-    reason: str
-
-
 VECTOR_TILES = VectorTiles(64, 64, 4, "32 float32 values per thread: enough loads in flight, no spills")
 
 
@@ -108,22 +101,21 @@ def depthwise_tiles(plane: int) -> VectorTiles:
     return VECTOR_TILES._replace(block_t=16) if plane <= 16 else VECTOR_TILES
 
 
-def compose_tiles(templates: int, bank: int, device: Device) -> ComposeTiles:
-    """Of windows of up to so many templates in a bank of so many elements."""
-    held = 4 if templates <= 4 else 8 if templates <= 8 else 16
-    block, reason = 2048 // held, "64 values of the bank per lane, and backward 64 sums: no spills"
-    if bank < 4 * block * templates * device.processors:
-        block, reason = 128, "larger tiles would leave processors idle"
-    return ComposeTiles(held, block, 1, reason)
+COMPOSE_BLOCK = 128  # 4 values of each template per lane: 64 to 128 registers, so 16 warps or more hide the memory
 
 
-REPEAT_BLOCK = 512  # 16 values of the base per lane: enough loads in flight, and few sums over lanes per value
+def templates_held(templates: int) -> int:
+    """Of so many templates those that registers hold: 16 would take all registers, and fewer than 4 save little."""
+    return 4 if templates <= 4 else 8
+
+
+REPEAT_BLOCK = 256  # 8 values of the base per lane: enough loads in flight, and few sums over lanes per value
 
 
 def repeat_groups(pieces: int, tiles: int, device: Device) -> int:
     """Groups of tiles that go to programs of their own: the fewest that occupy the device, of 8 tiles or more, because
     each writes a gradient of the base."""
-    return max(1, min(8 * device.processors // pieces, tiles // 8))
+    return max(1, min(16 * device.processors // pieces, tiles // 8))
 
 
 def images_per_chunk(batch: int, plane: int, channels: int, item: int, device: Device) -> int:
@@ -148,9 +140,9 @@ def images_per_chunk(batch: int, plane: int, channels: int, item: int, device: D
 
 
 class Choice(NamedTuple):
-    kernel: str  # "product", "fused", "depthwise" or "compose"
+    kernel: str  # "product", "fused" or "depthwise"
     item: int
-    tiles: ProductTiles | VectorTiles | ComposeTiles
+    tiles: ProductTiles | VectorTiles
 
 
 def every_choice(device: Device) -> Iterator[Choice]:
@@ -160,8 +152,6 @@ def every_choice(device: Device) -> Iterator[Choice]:
     for item in (2, 4):
         for size in (*sizes, 1 << 20):
             choices = [Choice("depthwise", item, depthwise_tiles(size))]
-            for bank in (1, 1 << 30):
-                choices.append(Choice("compose", item, compose_tiles(size // 8, bank, device)))
             for channels in (64, 1024):
                 choices.append(Choice("product", item, product_tiles(size, channels, item, device)))
                 if tiles := fused_tiles(1 << 10, size, channels, item, device):

@@ -28,24 +28,30 @@ from torch import Tensor
 from .configs import REPEAT_BLOCK, Device, repeat_groups
 from .device import on
 
-SIZES = ["o", "run", "out", "pitch", "columns", "tiles", "group"]
+SIZES = ["o", "run", "rows", "pitch", "columns", "tiles", "group"]
 
 
 @triton.jit
 def piece_of(o, run, BLOCK: tl.constexpr):
-    """Rows and columns of the program's elements of the base (o, run), and which exist."""
+    """First row of the program's elements of the base (o, run); their rows from there on, columns, and which exist."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     column = (start % run).to(tl.int32) + tl.arange(0, BLOCK)
-    row = start // run + column // run
-    return row, column % run, row < o
+    row = column // run
+    return start // run, row, column % run, row < o - start // run
 
 
 @triton.jit
-def places_of(tile, row, column, inside, o, run, out, pitch, columns):
-    """Places in the result (out, pitch) of the elements of a tile, `columns` of which are side by side."""
-    row += tile // columns * o
-    column += tile % columns * run
-    return row * pitch + column, inside & (row < out) & (column < pitch)
+def place_of(first_row, row, column, pitch):
+    return first_row * pitch + (row.to(tl.int64) * pitch + column)
+
+
+@triton.jit
+def places_of(tile, first_row, row, column, inside, o, run, rows, pitch, columns):
+    """Places in the result (rows, pitch) of the elements of a tile, `columns` of which are side by side."""
+    first_row += tile // columns * o
+    first = tile % columns * run
+    mask = inside & (row < rows - first_row) & (column < pitch - first)
+    return place_of(first_row, row, column, pitch) + first, mask
 
 
 @triton.jit
@@ -58,14 +64,14 @@ def gates(x):
 
 @triton.jit(do_not_specialize=SIZES)
 def repeat_kernel(
-    base, alpha, beta, gate, result, o, run, out, pitch, columns, tiles, group,
+    base, alpha, beta, gate, result, o, run, rows, pitch, columns, tiles, group,
     MODULATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, column, inside = piece_of(o, run, BLOCK)
-    w = tl.load(base + row * run + column, mask=inside, other=0.0).to(tl.float32)
+    first_row, row, column, inside = piece_of(o, run, BLOCK)
+    w = tl.load(base + place_of(first_row, row, column, run), mask=inside, other=0.0).to(tl.float32)
     first = tl.program_id(1).to(tl.int64) * group
     for tile in range(first, min(first + group, tiles)):
-        place, mask = places_of(tile, row, column, inside, o, run, out, pitch, columns)
+        place, mask = places_of(tile, first_row, row, column, inside, o, run, rows, pitch, columns)
         value = w
         if MODULATION == "swish":
             s, _ = gates(tl.load(beta + tile) * w)
@@ -77,16 +83,16 @@ def repeat_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def repeat_gradient_kernel(
-    gradient, base, alpha, beta, gate, base_gradient, gate_gradient, sums,
-    o, run, out, pitch, columns, tiles, group, MODULATION: tl.constexpr, BLOCK: tl.constexpr,
+    gradient, base, alpha, beta, gate, base_gradient, gate_gradient, parts,
+    o, run, rows, pitch, columns, tiles, group, MODULATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """base_gradient (groups, o, run); sums (2, tiles, programs per group): the parts of alpha and beta."""
-    row, column, inside = piece_of(o, run, BLOCK)
-    w = tl.load(base + row * run + column, mask=inside, other=0.0).to(tl.float32)
+    """base_gradient (groups, o, run); parts (2, tiles, programs per group): of alpha's and beta's."""
+    first_row, row, column, inside = piece_of(o, run, BLOCK)
+    w = tl.load(base + place_of(first_row, row, column, run), mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     number = tl.program_id(1).to(tl.int64)
     for tile in range(number * group, min((number + 1) * group, tiles)):
-        place, mask = places_of(tile, row, column, inside, o, run, out, pitch, columns)
+        place, mask = places_of(tile, first_row, row, column, inside, o, run, rows, pitch, columns)
         g = tl.load(gradient + place, mask=mask, other=0.0).to(tl.float32)
         if MODULATION == "swish":
             a, b = tl.load(alpha + tile), tl.load(beta + tile)
@@ -94,7 +100,7 @@ def repeat_gradient_kernel(
             gs, slope = g * s, w * rest
             # An infinite weight times no gradient is not a number, also where the tile ends before the piece.
             total += tl.where(mask, a * gs * (1.0 - b * slope), 0.0)
-            to = sums + tile * tl.num_programs(0) + tl.program_id(0)
+            to = parts + tile * tl.num_programs(0) + tl.program_id(0)
             tl.store(to, tl.sum(tl.where(mask, gs * w, 0.0), axis=0))
             to += tl.num_programs(0) * tl.cast(tiles, tl.int64)
             tl.store(to, -tl.sum(tl.where(mask, (a * gs) * (w * slope), 0.0), axis=0))
@@ -103,7 +109,7 @@ def repeat_gradient_kernel(
             tl.store(gate_gradient + place, (g * w).to(gate_gradient.dtype.element_ty), mask=mask)
         else:
             total += g
-    to = base_gradient + (number * o + row) * run + column
+    to = base_gradient + place_of(number * o + first_row, row, column, run)
     tl.store(to, total.to(base_gradient.dtype.element_ty), mask=inside)
 
 

@@ -2,14 +2,14 @@
 //
 // All are int64 on the CPU. A program serves `block` consecutive elements of a cell, whose rows follow one another; the
 // programs of a step are disjoint in the bank's gradient, and steps are launched in order.
-//   programs (n)      the cell of a program
-//   cells    (c, 13)  base, stride, templates, first and last template of this step, pitch, rows, run, first user,
-//                     users, first program, programs, first product
-//   users    (u, 3)   first element in the result, pitch, first coefficient
-//   sums     (q + 1)  coefficient -> the first of its terms
-//   terms    (t, 2)   first and count of the products that are summed; product (user, template, program) of a cell is
-//                     number first + (user * templates + template) * programs + program
-//   steps    (s + 1)  first program of a step
+//   firsts (c)      first program of a cell
+//   cells  (c, 12)  base, stride, templates, first and last template of this step, pitch, rows, run, first user, users,
+//                   programs, first product
+//   users  (u, 3)   first element in the result, pitch, first coefficient
+//   sums   (q + 1)  coefficient -> the first of its terms
+//   terms  (t, 2)   first and count of the products that are summed; product (user, template, program) of a cell is
+//                   number first + (user * templates + template) * programs + program
+//   steps  (s + 1)  first program of a step
 #include <algorithm>
 #include <array>
 
@@ -45,7 +45,7 @@ Plan plan(const Composition& composition, int64_t block) {
   }
   for (size_t phase = 1; phase < first_step.size(); ++phase) first_step[phase] += first_step[phase - 1];
 
-  std::vector<std::vector<std::array<int64_t, 13>>> cells_of(first_step.back());  // of each step
+  std::vector<std::vector<std::array<int64_t, 12>>> cells_of(first_step.back());  // of each step
   std::vector<Rows> terms_of(composition.coefficient_end());                      // of each coefficient
   Rows users;
   int64_t products = 0;
@@ -57,7 +57,7 @@ Plan plan(const Composition& composition, int64_t block) {
         for (int64_t step = 0; step < steps; ++step) {
           cells_of[first_step[w.phase] + step].push_back({cell.base + column, w.stride, w.templates,
                                                           steps > 1 ? step : 0, steps > 1 ? step + 1 : w.templates,
-                                                          w.pitch, cell.rows, run, user, count, 0, programs, products});
+                                                          w.pitch, cell.rows, run, user, count, programs, products});
         }
         for (const auto& u : cell.users) {
           append(users, {u.to + column, u.pitch, u.coefficient});
@@ -68,21 +68,22 @@ Plan plan(const Composition& composition, int64_t block) {
       }
     }
   }
-  Rows programs, cells, steps{0}, sums{0}, terms;
-  for (auto& of_step : cells_of) {
-    for (auto& cell : of_step) {
-      cell[10] = int64_t(programs.size());
-      programs.insert(programs.end(), cell[11], int64_t(cells.size() / cell.size()));
+  Rows firsts, cells, steps{0}, sums{0}, terms;
+  int64_t first = 0;
+  for (const auto& of_step : cells_of) {
+    for (const auto& cell : of_step) {
+      firsts.push_back(first);
+      first += cell[10];
       cells.insert(cells.end(), cell.begin(), cell.end());
     }
-    steps.push_back(int64_t(programs.size()));
+    steps.push_back(first);
   }
   for (const Rows& one : terms_of) {
     terms.insert(terms.end(), one.begin(), one.end());
     sums.push_back(int64_t(terms.size()) / 2);
   }
-  return {table(std::move(programs)), table(std::move(cells), 13), table(std::move(users), 3),
-          table(std::move(sums)),     table(std::move(terms), 2),  table(std::move(steps))};
+  return {table(std::move(firsts)), table(std::move(cells), 12), table(std::move(users), 3),
+          table(std::move(sums)),   table(std::move(terms), 2),  table(std::move(steps))};
 }
 
 Plan plan_composition(std::vector<int64_t> pieces, std::vector<int64_t> shapes, int64_t block) {

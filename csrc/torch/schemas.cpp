@@ -50,7 +50,7 @@ STABLE_TORCH_LIBRARY(spin, m) {
       "int[] shapes) -> (Tensor, Tensor)");
   m.def(
       "_plan_composition(int[] pieces, int[] shapes, int block) -> "
-      "(Tensor programs, Tensor cells, Tensor users, Tensor sums, Tensor terms, Tensor steps)");
+      "(Tensor firsts, Tensor cells, Tensor users, Tensor sums, Tensor terms, Tensor steps)");
   m.def(
       "_repeat_weight_cpu(Tensor weight, Tensor? alpha, Tensor? beta, Tensor? gate, int out_channels, "
       "int in_channels) -> Tensor");
