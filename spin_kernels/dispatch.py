@@ -66,19 +66,35 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _triton_mixer_refusal(args: Sequence[Any]) -> str | None:
-    x = args[0]
-    interprets = os.environ.get("TRITON_INTERPRET") == "1"
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _triton_refusal(tensor: Tensor, name: str) -> str | None:
+    """Of any operator, by its first tensor."""
     if not has_triton():
         return "triton is not installed"
-    if x.device.type != "cuda" and not (x.device.type == "cpu" and interprets):
-        return "x is not on a GPU and Triton's interpreter is off (TRITON_INTERPRET=1)"
-    if x.dtype not in _NARROW:
-        return "x is float64"
-    if x.dtype == torch.bfloat16 and interprets:
+    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _triton_interprets()):
+        return f"{name} not on a GPU and Triton's interpreter is off (TRITON_INTERPRET=1)"
+    return None if tensor.dtype in _NARROW else f"{name} float64"
+
+
+def _triton_mixer_refusal(args: Sequence[Any]) -> str | None:
+    x = args[0]
+    if refusal := _triton_refusal(x, "x is"):
+        return refusal
+    if x.dtype == torch.bfloat16 and _triton_interprets():
         return "Triton's interpreter multiplies bfloat16 matrices wrongly"
     if x.shape[1] * max(x.shape[1], x.shape[2] * x.shape[3]) >= 2**31:
         return "an image or a matrix has more than 2^31 values, offsets in which are 32-bit"
+    return None
+
+
+def _triton_weights_refusal(args: Sequence[Any]) -> str | None:
+    if refusal := _triton_refusal(args[0], "the weights are"):
+        return refusal
+    if args[0].shape[1:].numel() >= 2**30:  # of a bank, which is flat, 1
+        return "a row of the weight has more than 2^30 values, columns in which are 32-bit"
     return None
 
 
@@ -92,16 +108,13 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
         Kernel("cpu", "_mixer_backward_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),
         Kernel("triton", "triton_ops.training", _triton_mixer_refusal, "the tensors are on a GPU"),
     ),
-    "compose_superweights": (
-        Kernel("cpu", "_compose_superweights_cpu", _cpu_weights_refusal, "the tensors are on the CPU"),
-    ),
-    "compose_superweights_backward": (
-        Kernel("cpu", "_compose_superweights_backward_cpu", _cpu_weights_refusal, "the tensors are on the CPU"),
-    ),
-    "repeat_weight": (Kernel("cpu", "_repeat_weight_cpu", _cpu_weights_refusal, "the tensors are on the CPU"),),
-    "repeat_weight_backward": (
-        Kernel("cpu", "_repeat_weight_backward_cpu", _cpu_weights_refusal, "the tensors are on the CPU"),
-    ),
+} | {
+    op: (
+        Kernel("cpu", f"_{op}_cpu", _cpu_weights_refusal, "the tensors are on the CPU"),
+        Kernel("triton", f"triton_ops.{module}", _triton_weights_refusal, "the tensors are on a GPU"),
+    )
+    for name, module in (("compose_superweights", "compose"), ("repeat_weight", "repeat"))
+    for op in (name, f"{name}_backward")
 }
 
 # Backend -> the mixer's forward kernel that keeps what backward needs, or measures the batch's statistics.

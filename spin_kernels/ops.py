@@ -4,6 +4,7 @@ The public mixers are composites over the private ``_mixer``, whose tensors are 
 refuses keyword-only tensors, and autocast must cast some tensors and leave the affines alone. Schemas are in C++.
 """
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -177,15 +178,28 @@ def _differentiate_mixer(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
     return tuple(None if t is None else g for t, g in zip(tensors, grads, strict=True)) + others
 
 
+# --- the operators that make weights
+
+
+def _run_weights(op: str, grad: tuple[Tensor, ...], args: tuple[Any, ...]) -> Any:
+    """What a kernel makes of `args` (of the result's gradient as well, backward), None where none takes the call."""
+    choice = dispatch.choose(op, args)
+    if choice.backend == "cpu":
+        return getattr(torch.ops.spin, choice.kernel)(*grad, *args)
+    if choice.backend == "triton":
+        module = importlib.import_module(choice.kernel)  # only where triton is installed
+        return module.backward(*grad, *args) if grad else module.forward(*args)
+    return None
+
+
 # --- compose_superweights: bank, coefficients, pieces, shapes
 
 
 def _run_compose(*args: Any) -> Tensor:
     _refuse_forward_mode()
     checks.compose_superweights(*args)
-    if dispatch.choose("compose_superweights", args).backend == "cpu":
-        return torch.ops.spin._compose_superweights_cpu(*args)
-    return reference.compose_superweights(*args)
+    result = _run_weights("compose_superweights", (), args)
+    return reference.compose_superweights(*args) if result is None else result
 
 
 def _fake_compose(bank: Tensor, coefficients: Tensor, pieces: Sequence[int], shapes: Sequence[int]) -> Tensor:
@@ -194,9 +208,8 @@ def _fake_compose(bank: Tensor, coefficients: Tensor, pieces: Sequence[int], sha
 
 def _run_compose_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     checks.compose_superweights_backward(grad, *args)
-    if dispatch.choose("compose_superweights_backward", args).backend == "cpu":
-        return torch.ops.spin._compose_superweights_backward_cpu(grad, *args)
-    return reference.compose_superweights_backward(grad, *args)
+    grads = _run_weights("compose_superweights_backward", (grad,), args)
+    return reference.compose_superweights_backward(grad, *args) if grads is None else grads
 
 
 def _fake_compose_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -219,9 +232,8 @@ def _differentiate_compose(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _run_repeat(*args: Any) -> Tensor:
     _refuse_forward_mode()
     checks.repeat_weight(*args)
-    if dispatch.choose("repeat_weight", args).backend == "cpu":
-        return torch.ops.spin._repeat_weight_cpu(*args)
-    return reference.repeat_weight(*args)
+    result = _run_weights("repeat_weight", (), args)
+    return reference.repeat_weight(*args) if result is None else result
 
 
 def _fake_repeat(weight: Tensor, *args: Any) -> Tensor:
@@ -231,9 +243,10 @@ def _fake_repeat(weight: Tensor, *args: Any) -> Tensor:
 
 def _run_repeat_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     checks.repeat_weight_backward(grad, *args)
-    if dispatch.choose("repeat_weight_backward", args).backend == "cpu":
-        return torch.ops.spin._repeat_weight_backward_cpu(grad, *args)
-    return tuple(_gradients(lambda *leaves: reference.repeat_weight(*leaves, *args[4:]), args[:4], grad))
+    grads = _run_weights("repeat_weight_backward", (grad,), args)
+    if grads is None:
+        grads = _gradients(lambda *leaves: reference.repeat_weight(*leaves, *args[4:]), args[:4], grad)
+    return tuple(_empty(grad) if g is None else g for g in grads)
 
 
 def _fake_repeat_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:

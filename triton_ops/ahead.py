@@ -14,13 +14,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import elementwise
-from .compose import compose_kernel
-from .configs import DEVICES, VECTOR_TILES, ProductTiles, VectorTiles, every_choice
+from . import compose, elementwise, repeat
+from .configs import (
+    COMPOSE_BLOCK,
+    DEVICES,
+    REPEAT_BLOCK,
+    VECTOR_TILES,
+    ProductTiles,
+    VectorTiles,
+    every_choice,
+    templates_held,
+)
 from .depthwise import depthwise_kernel
 from .depthwise_training import depthwise_backward_kernel, depthwise_forward_kernel, taps_gradient_kernel
 from .fused import fused_kernel
-from .mixer import COMPOSE_BLOCK
 from .product import product_kernel
 from .product_training import input_gradient_kernel, product_forward_kernel, weight_gradient_kernel
 
@@ -33,11 +40,13 @@ TARGETS = {
 # Arguments by name; all others are tensors in the type of the chain.
 FLOATS = (
     "affine", "gain", "pw_affine", "dw_affine", "coefficients", "norm", "norm_2", "stats", "factors",
-    "affine_gradient", "parts",
+    "affine_gradient", "parts", "alpha", "beta", "products", "coefficient_gradient",
 )  # fmt: skip
 SIZES = (
-    "height", "width", "M", "size", "tiles", "block", "period", "total", "batch", "images", "split_tokens",
+    "height", "width", "M", "tiles", "block", "period", "total", "batch", "images", "split_tokens", "cells_count",
+    "first_program", *repeat.SIZES,
 )  # fmt: skip
+TABLES = ("firsts", "cells", "users", "sums", "terms")
 CHANNELS = 768
 KERNEL_SIZES = (3, 9)  # the loop over taps is the same code for all
 
@@ -50,7 +59,7 @@ def compiled(
     """What a call with aligned tensors would compile; `item` bytes: float32 or bfloat16."""
     kinds = dict.fromkeys(kernel.arg_names, "*fp32" if item == 4 else "*bf16")
     kinds |= dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(SIZES, "i32") | {"parts": parts, "eps": "fp32"}
-    kinds |= dict.fromkeys(constants, "constexpr")
+    kinds |= dict.fromkeys(TABLES, "*i64") | dict.fromkeys(constants, "constexpr")
     signature = {name: kinds[name] for name in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
@@ -61,8 +70,8 @@ def compiled(
 def every_kernel(arch: str) -> Iterator[Found]:
     """Every kernel with every choice of tiles and the richest epilogue; products with the plainest, too."""
     for item in (2, 4):
-        yield compiled(compose_kernel, item, arch, {"TEMPLATES": 4, "BLOCK": COMPOSE_BLOCK})
         yield from of_elementwise(item, arch)
+        yield from of_weights(item, arch)
     kinds = {"depthwise": of_depthwise, "fused": of_fused, "product": of_product}
     for choice in every_choice(DEVICES[arch]):
         yield from kinds[choice.kernel](choice.item, choice.tiles, arch)
@@ -111,6 +120,19 @@ def of_elementwise(item: int, arch: str) -> Iterator[Found]:
     yield compiled(elementwise.gradient_sums_kernel, item, arch, shape, **options)
     yield compiled(elementwise.finish_gradient_kernel, item, arch, columns | {"BATCH": True}, num_warps=1)
     yield compiled(elementwise.gradient_kernel, item, arch, shape | {"BATCH": True}, **options)
+
+
+def of_weights(item: int, arch: str) -> Iterator[Found]:
+    for templates in sorted({templates_held(n) for n in range(1, 65)}):
+        shape = {"TEMPLATES": templates, "BLOCK": COMPOSE_BLOCK}
+        yield compiled(compose.compose_kernel, item, arch, shape, num_warps=1)
+        for add in (False, True):
+            yield compiled(compose.compose_gradient_kernel, item, arch, shape | {"ADD": add}, num_warps=1)
+    yield compiled(compose.coefficient_gradient_kernel, item, arch, {"BLOCK": compose.SUM_BLOCK}, num_warps=1)
+    for modulation in ("plain", "swish", "gate"):
+        shape = {"MODULATION": modulation, "BLOCK": REPEAT_BLOCK}
+        yield compiled(repeat.repeat_kernel, item, arch, shape, num_warps=1)
+        yield compiled(repeat.repeat_gradient_kernel, item, arch, shape, num_warps=1)
 
 
 if __name__ == "__main__":

@@ -101,6 +101,23 @@ def depthwise_tiles(plane: int) -> VectorTiles:
     return VECTOR_TILES._replace(block_t=16) if plane <= 16 else VECTOR_TILES
 
 
+COMPOSE_BLOCK = 128  # 4 values of each template per lane: 64 to 128 registers, so 16 warps or more hide the memory
+
+
+def templates_held(templates: int) -> int:
+    """Of so many templates those that registers hold: 16 would take all registers, and fewer than 4 save little."""
+    return 4 if templates <= 4 else 8
+
+
+REPEAT_BLOCK = 256  # 8 values of the base per lane: enough loads in flight, and few sums over lanes per value
+
+
+def repeat_groups(pieces: int, tiles: int, device: Device) -> int:
+    """Groups of tiles that go to programs of their own: the fewest that occupy the device, of 8 tiles or more, because
+    each writes a gradient of the base."""
+    return max(1, min(16 * device.processors // pieces, tiles // 8))
+
+
 def images_per_chunk(batch: int, plane: int, channels: int, item: int, device: Device) -> int:
     """Images that go through all blocks together: their x and y stay in half of L2, and all processors have a tile; of
     such numbers the one that leaves the fewest processors idle in the last wave of products."""

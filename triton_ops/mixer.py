@@ -9,7 +9,6 @@ channels_last tensors have this layout already; others are copied once at either
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +16,12 @@ import torch
 import triton
 from torch import Tensor
 
-from .compose import compose_kernel
+from . import compose
 from .configs import Device, depthwise_tiles, fused_tiles, images_per_chunk, product_tiles
 from .depthwise import depthwise_kernel
+from .device import on
 from .fused import fused_kernel
 from .product import product_kernel
-
-COMPOSE_BLOCK = 1024
 
 
 def mixer(*args: Any) -> Tensor:
@@ -63,7 +61,7 @@ def pack(
         taps=dw_weight.flatten(2).transpose(1, 2).contiguous(),
         dw_bias=_contiguous(dw_bias),
         dw_affine=dw_affine.contiguous(),
-        matrices=compose(pw_weight, pw_coefficients),
+        matrices=matrices_of(pw_weight, pw_coefficients),
         pw_bias=_contiguous(pw_bias),
         pw_affine=pw_affine.contiguous(),
         gain=_contiguous(pw_gain),
@@ -129,21 +127,17 @@ def run(
     return result
 
 
-def compose(pw_weight: Tensor, pw_coefficients: Tensor | None) -> Tensor:
+def matrices_of(pw_weight: Tensor, pw_coefficients: Tensor | None) -> Tensor:
     """(S, C, C) matrices, summed from (T, C, C) templates where there are coefficients (S, T)."""
     if pw_coefficients is None:
         return pw_weight.contiguous()
-    templates, size = pw_weight.contiguous(), pw_weight[0].numel()
-    matrices = pw_weight.new_empty(len(pw_coefficients), *pw_weight.shape[1:])
-    compose_kernel[(triton.cdiv(size, COMPOSE_BLOCK), len(matrices))](
-        templates, pw_coefficients.contiguous(), matrices, size, TEMPLATES=len(templates), BLOCK=COMPOSE_BLOCK
+    (matrices, templates), channels = pw_coefficients.shape, pw_weight.shape[-1]
+    corner = (0, 0, channels, channels, channels)
+    pieces = [n for s in range(matrices) for n in (s, 0, channels**2, templates, s * templates, *corner)]
+    flat = compose.forward(
+        pw_weight.flatten(), pw_coefficients.flatten(), pieces, [channels, channels, 1, 1] * matrices
     )
-    return matrices
-
-
-def on(device: torch.device) -> AbstractContextManager:
-    """Kernels go to the current device: the tensors' one, for as long as this lasts."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    return flat.view(matrices, channels, channels)
 
 
 def _contiguous(t: Tensor | None) -> Tensor | None:

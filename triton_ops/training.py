@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .configs import VECTOR_TILES, Device, ProductTiles, depthwise_tiles, product_tiles
 from .depthwise_training import depthwise_backward_kernel, depthwise_forward_kernel, taps_gradient_kernel
+from .device import on
 from .elementwise import (
     finish_gradient_kernel,
     finish_moments_kernel,
@@ -32,7 +33,7 @@ from .elementwise import (
     gradient_sums_kernel,
     normalise_kernel,
 )
-from .mixer import Weights, as_tokens, from_tokens, nothing, on, pack
+from .mixer import Weights, as_tokens, from_tokens, nothing, pack
 from .product_training import input_gradient_kernel, product_forward_kernel, weight_gradient_kernel
 
 ANCHOR_INTERVAL = 8  # blocks between two kept inputs where residuals chain the blocks

@@ -25,19 +25,6 @@ class Composition {
   // layer and for sizes that overflow; whether layers are covered is not looked at.
   Composition(const std::vector<int64_t>& pieces, const std::vector<int64_t>& shapes);
 
-  int64_t bank_end() const { return bank_end_; }                // elements that the bank must have
-  int64_t coefficient_end() const { return coefficient_end_; }  // and the coefficients
-  int64_t numel() const { return numel_; }                      // of the result
-
-  void run(const Kernels& kernels, DType type, const char* bank, const float* coefficients, char* result,
-           const Parallel& parallel) const;
-
-  // Fills both gradients; `bank_gradient` has `bank_elements` floats.
-  void backward(const Kernels& kernels, DType type, const char* gradient, const char* bank, const float* coefficients,
-                float* bank_gradient, int64_t bank_elements, float* coefficient_gradient, int64_t coefficient_elements,
-                const Parallel& parallel) const;
-
- private:
   struct User {
     int64_t to, pitch;  // first element in the result, elements from one row to the next
     int64_t coefficient;
@@ -59,6 +46,22 @@ class Composition {
     int64_t end() const { return base + (templates - 1) * stride + extent(); }
     bool overlaps_itself() const { return templates > 1 && stride < extent(); }
   };
+
+  const std::vector<Window>& windows() const { return windows_; }  // by base; those of one phase are disjoint
+  int64_t phases() const { return phases_; }
+  int64_t bank_end() const { return bank_end_; }                // elements that the bank must have
+  int64_t coefficient_end() const { return coefficient_end_; }  // and the coefficients
+  int64_t numel() const { return numel_; }                      // of the result
+
+  void run(const Kernels& kernels, DType type, const char* bank, const float* coefficients, char* result,
+           const Parallel& parallel) const;
+
+  // Fills both gradients; `bank_gradient` has `bank_elements` floats.
+  void backward(const Kernels& kernels, DType type, const char* gradient, const char* bank, const float* coefficients,
+                float* bank_gradient, int64_t bank_elements, float* coefficient_gradient, int64_t coefficient_elements,
+                const Parallel& parallel) const;
+
+ private:
   struct Tile {
     const Window* window;
     const Cell* cell;

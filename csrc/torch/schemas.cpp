@@ -49,6 +49,9 @@ STABLE_TORCH_LIBRARY(spin, m) {
       "_compose_superweights_backward_cpu(Tensor grad, Tensor bank, Tensor coefficients, int[] pieces, "
       "int[] shapes) -> (Tensor, Tensor)");
   m.def(
+      "_plan_composition(int[] pieces, int[] shapes, int block) -> "
+      "(Tensor firsts, Tensor cells, Tensor users, Tensor sums, Tensor terms, Tensor steps)");
+  m.def(
       "_repeat_weight_cpu(Tensor weight, Tensor? alpha, Tensor? beta, Tensor? gate, int out_channels, "
       "int in_channels) -> Tensor");
   m.def(
