@@ -167,10 +167,16 @@ def compose_superweights(bank: Tensor, coefficients: Tensor, pieces: Sequence[in
     return plan.numel
 
 
-def compose_superweights_backward(grad: Tensor, bank: Tensor, *arguments) -> None:
-    """Arguments of _compose_superweights_backward."""
-    numel = compose_superweights(bank, *arguments)
-    _tensor("grad", grad, (numel,), bank.dtype, bank.device)
+def compose_superweights_backward(grads: Sequence[Tensor], bank: Tensor, *arguments) -> None:
+    """Arguments of _compose_superweights_backward: one flat gradient, or one per layer."""
+    numel, shapes = compose_superweights(bank, *arguments), arguments[-1]
+    if len(grads) == 1 and grads[0].dim() == 1:
+        _tensor("grads", grads[0], (numel,), bank.dtype, bank.device)
+        return
+    if len(grads) != len(shapes) // 4:
+        raise ValueError(f"grads: expected one per layer, {len(shapes) // 4}, got {len(grads)}")
+    for layer, grad in enumerate(grads):
+        _tensor("grads", grad, tuple(shapes[4 * layer : 4 * layer + 4]), bank.dtype, bank.device)
 
 
 @lru_cache(maxsize=64)

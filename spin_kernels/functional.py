@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (registers the operators)
+from . import ops
 
 # The two mixers spell out the schema's arguments, alike as they are, so that help() and editors show them.
 
@@ -124,15 +124,14 @@ def compose_superweights(
         shapes: four ints (out, in, kh, kw) per layer.
 
     Returns:
-        One (out, in, kh, kw) weight per layer in the bank's dtype: views of one flat tensor. Autocast changes nothing.
+        One (out, in, kh, kw) weight per layer in the bank's dtype. Autocast changes nothing.
 
     Raises:
         TypeError, ValueError: an argument does not fit, or pieces leave a gap, overlap or reach past the bank.
     """
-    flat = torch.ops.spin.compose_superweights.default(bank, coefficients, pieces, shapes)
-    layers = [tuple(shapes[i : i + 4]) for i in range(0, len(shapes), 4)]
-    weights = flat.split([out * into * kh * kw for out, into, kh, kw in layers]) if layers else ()
-    return tuple(weight.view(layer) for weight, layer in zip(weights, layers, strict=True))
+    if bank.device.type == "cpu":
+        return tuple(torch.ops.spin._compose_layers.default(bank, coefficients, pieces, shapes))
+    return ops.layers_of(torch.ops.spin.compose_superweights.default(bank, coefficients, pieces, shapes), shapes)
 
 
 def repeat_weight(

@@ -5,6 +5,7 @@ refuses keyword-only tensors, and autocast must cast some tensors and leave the 
 """
 
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -181,49 +182,84 @@ def _differentiate_mixer(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor
 # --- the operators that make weights
 
 
-def _run_weights(op: str, grad: tuple[Tensor, ...], args: tuple[Any, ...]) -> Any:
-    """What a kernel makes of `args` (of the result's gradient as well, backward), None where none takes the call."""
+def _weights_kernel(op: str, args: tuple[Any, ...]) -> Callable | None:
+    """What makes weights, or their gradients, in a call with `args`; None is the reference."""
     choice = dispatch.choose(op, args)
     if choice.backend == "cpu":
-        return getattr(torch.ops.spin, choice.kernel)(*grad, *args)
+        return getattr(torch.ops.spin, choice.kernel)
     if choice.backend == "triton":
         module = importlib.import_module(choice.kernel)  # only where triton is installed
-        return module.backward(*grad, *args) if grad else module.forward(*args)
+        return module.backward if op.endswith("backward") else module.forward
     return None
 
 
-# --- compose_superweights: bank, coefficients, pieces, shapes
+# --- compose_superweights (one flat tensor) and _compose_layers (one per layer): bank, coefficients, pieces, shapes
+#
+# Autograd joins the gradients of views of a flat tensor: with layers of 146 MB, a pass of several times their own.
 
 
 def _run_compose(*args: Any) -> Tensor:
     _refuse_forward_mode()
     checks.compose_superweights(*args)
-    result = _run_weights("compose_superweights", (), args)
-    return reference.compose_superweights(*args) if result is None else result
+    run = _weights_kernel("compose_superweights", args) or reference.compose_superweights
+    return run(*args, False)[0] if run is torch.ops.spin._compose_superweights_cpu else run(*args)
+
+
+def _run_compose_layers(*args: Any) -> list[Tensor]:
+    _refuse_forward_mode()
+    checks.compose_superweights(*args)
+    run = _weights_kernel("compose_superweights", args) or reference.compose_superweights
+    if run is torch.ops.spin._compose_superweights_cpu:
+        return run(*args, True)
+    return [weight.clone() for weight in layers_of(run(*args), args[-1])]
+
+
+def layers_of(flat: Tensor, shapes: Sequence[int]) -> tuple[Tensor, ...]:
+    """The layers' weights (out, in, kh, kw) in the result of compose_superweights, as views."""
+    layers = [tuple(shapes[i : i + 4]) for i in range(0, len(shapes), 4)]
+    weights = flat.split([math.prod(layer) for layer in layers]) if layers else ()
+    return tuple(weight.view(layer) for weight, layer in zip(weights, layers, strict=True))
 
 
 def _fake_compose(bank: Tensor, coefficients: Tensor, pieces: Sequence[int], shapes: Sequence[int]) -> Tensor:
     return bank.new_empty(checks.compose_superweights(bank, coefficients, pieces, shapes))
 
 
-def _run_compose_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    checks.compose_superweights_backward(grad, *args)
-    grads = _run_weights("compose_superweights_backward", (grad,), args)
-    return reference.compose_superweights_backward(grad, *args) if grads is None else grads
+def _fake_compose_layers(
+    bank: Tensor, coefficients: Tensor, pieces: Sequence[int], shapes: Sequence[int]
+) -> list[Tensor]:
+    checks.compose_superweights(bank, coefficients, pieces, shapes)
+    return [bank.new_empty(shapes[i : i + 4]) for i in range(0, len(shapes), 4)]
 
 
-def _fake_compose_backward(grad: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    checks.compose_superweights_backward(grad, *args)
-    return _fake_gradient(args[0], grad), _fake_gradient(args[1], grad)
+def _run_compose_backward(grads: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+    checks.compose_superweights_backward(grads, *args)
+    run = _weights_kernel("compose_superweights_backward", args) or reference.compose_superweights_backward
+    if run is torch.ops.spin._compose_superweights_backward_cpu:
+        return run(grads, *args)
+    flat = grads[0].flatten() if len(grads) == 1 else torch.cat([args[0].new_empty(0), *(g.flatten() for g in grads)])
+    return run(flat, *args)
 
 
-def _save_compose(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _fake_compose_backward(grads: Sequence[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+    checks.compose_superweights_backward(grads, *args)
+    return _fake_gradient(args[0], args[0]), _fake_gradient(args[1], args[0])
+
+
+def _save_compose(ctx: Any, inputs: tuple[Any, ...], output: Tensor | list[Tensor]) -> None:
     bank, coefficients, *ctx.settings = inputs
     ctx.save_for_backward(bank, coefficients)
 
 
-def _differentiate_compose(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_compose_backward(grad, *ctx.saved_tensors, *ctx.settings), None, None
+def _differentiate_compose(ctx: Any, grad: Tensor | list[Tensor]) -> tuple[Tensor | None, ...]:
+    grads = [grad] if isinstance(grad, Tensor) else grad
+    bank, coefficients = ctx.saved_tensors
+    shapes = ctx.settings[1]
+    grads = [
+        bank.new_zeros(shapes[4 * layer : 4 * layer + 4]) if g is None else g.contiguous()
+        for layer, g in enumerate(grads)
+    ]
+    return *_compose_backward(grads, bank, coefficients, *ctx.settings), None, None
 
 
 # --- repeat_weight: weight, alpha, beta, gate, out_channels, in_channels
@@ -232,8 +268,7 @@ def _differentiate_compose(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _run_repeat(*args: Any) -> Tensor:
     _refuse_forward_mode()
     checks.repeat_weight(*args)
-    result = _run_weights("repeat_weight", (), args)
-    return reference.repeat_weight(*args) if result is None else result
+    return (_weights_kernel("repeat_weight", args) or reference.repeat_weight)(*args)
 
 
 def _fake_repeat(weight: Tensor, *args: Any) -> Tensor:
@@ -243,10 +278,10 @@ def _fake_repeat(weight: Tensor, *args: Any) -> Tensor:
 
 def _run_repeat_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
     checks.repeat_weight_backward(grad, *args)
-    grads = _run_weights("repeat_weight_backward", (grad,), args)
-    if grads is None:
-        grads = _gradients(lambda *leaves: reference.repeat_weight(*leaves, *args[4:]), args[:4], grad)
-    return tuple(_empty(grad) if g is None else g for g in grads)
+    run = _weights_kernel("repeat_weight_backward", args)
+    if run is None:
+        return tuple(_gradients(lambda *leaves: reference.repeat_weight(*leaves, *args[4:]), args[:4], grad))
+    return tuple(_empty(grad) if g is None else g for g in run(grad, *args))
 
 
 def _fake_repeat_backward(grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -347,6 +382,7 @@ _mixer_backward = _register(
     "_mixer_backward", _run_mixer_backward, _fake_mixer_backward, None, _refuse_second_derivative
 )
 _compose = _register("compose_superweights", _run_compose, _fake_compose, _save_compose, _differentiate_compose)
+_register("_compose_layers", _run_compose_layers, _fake_compose_layers, _save_compose, _differentiate_compose)
 _compose_backward = _register(
     "_compose_superweights_backward", _run_compose_backward, _fake_compose_backward, None, _refuse_second_derivative
 )

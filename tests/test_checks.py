@@ -234,7 +234,8 @@ def test_backward_operators_check_the_gradient() -> None:
     for grad in (x[:1], x.double(), x.to("meta")):
         with pytest.raises((ValueError, TypeError), match=r"^grad: expected"):
             checks.mixer_backward(grad, *private)
-        with pytest.raises((ValueError, TypeError), match=r"^grad: expected"):
-            checks.compose_superweights_backward(grad, *compose_arguments().values())
+        for grads in ([grad], [grad.flatten()], [grad, grad]):
+            with pytest.raises((ValueError, TypeError), match=r"^grads: expected"):
+                checks.compose_superweights_backward(grads, *compose_arguments().values())
         with pytest.raises((ValueError, TypeError), match=r"^grad: expected"):
             checks.repeat_weight_backward(grad, *repeat_arguments().values())

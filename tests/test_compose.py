@@ -10,6 +10,8 @@ from random_weights import DTYPES, assert_same_bits, assert_sums, draws, on_ever
 from torch import Tensor
 
 from spin_kernels import dispatch, reference
+from spin_kernels.functional import compose_superweights
+from spin_kernels.ops import layers_of
 
 SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "1000")) // 2
 COMPOSE = torch.ops.spin.compose_superweights.default
@@ -75,7 +77,16 @@ def computed(arguments: dict[str, Any], grad: Tensor) -> list[Tensor]:
     leaves = {name: arguments[name].detach().requires_grad_() for name in ("bank", "coefficients")}
     flat = COMPOSE(**{**arguments, **leaves})
     flat.backward(grad)
-    return [flat.detach(), *(leaf.grad for leaf in leaves.values())]
+    results = [flat.detach(), *(leaf.grad for leaf in leaves.values())]
+    # A tensor per layer is the same, bit for bit.
+    for leaf in leaves.values():
+        leaf.grad = None
+    apart = compose_superweights(**{**arguments, **leaves})
+    if apart:
+        torch.autograd.backward(apart, layers_of(grad, arguments["shapes"]))
+        others = [torch.cat([weight.detach().flatten() for weight in apart]), *(leaf.grad for leaf in leaves.values())]
+        assert all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
+    return results
 
 
 def assert_right(arguments: dict[str, Any], grad: Tensor) -> None:

@@ -123,7 +123,10 @@ def test_opcheck_private(channels_last: bool, eps: float | None) -> None:
 
 def test_opcheck_private_backwards() -> None:
     composed = compose_arguments()
-    opcheck(spin._compose_superweights_backward.default, (torch.randn(186), *composed.values()))
+    shapes = [composed["shapes"][i : i + 4] for i in range(0, len(composed["shapes"]), 4)]
+    for grads in ([torch.randn(186)], [torch.randn(shape) for shape in shapes]):
+        opcheck(spin._compose_superweights_backward.default, (grads, *composed.values()))
+    opcheck(spin._compose_layers.default, tuple(composed.values()))
     for modulation in ("swish", "gate", "none"):
         repeated = repeat_arguments(modulation)
         opcheck(spin._repeat_weight_backward.default, (torch.randn(5, 7, 3, 1), *repeated.values()))

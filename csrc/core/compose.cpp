@@ -42,10 +42,8 @@ Composition::Composition(const std::vector<int64_t>& pieces, const std::vector<i
   if (pieces.size() % 10 || shapes.size() % 4) {
     throw std::invalid_argument("pieces, shapes: expected ten integers per piece and four per layer");
   }
-  std::vector<int64_t> first;  // of each layer in the result
   for (size_t l = 0; l < shapes.size(); l += 4) {
-    first.push_back(numel_);
-    numel_ = total({{numel_}, {shapes[l], shapes[l + 1], shapes[l + 2], shapes[l + 3]}});
+    starts_.push_back(total({{numel()}, {shapes[l], shapes[l + 1], shapes[l + 2], shapes[l + 3]}}));
   }
   std::map<std::tuple<int64_t, int64_t, int64_t, int64_t>, size_t> found;
   std::vector<std::vector<Part>> parts;  // of each window
@@ -53,7 +51,7 @@ Composition::Composition(const std::vector<int64_t>& pieces, const std::vector<i
     const int64_t* n = pieces.data() + i;
     const Piece p{n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9]};
     const std::string name = "pieces: piece " + std::to_string(i / 10);
-    if (p.layer < 0 || p.layer >= int64_t(first.size())) throw std::invalid_argument(name + " has no such layer");
+    if (p.layer < 0 || p.layer >= layers()) throw std::invalid_argument(name + " has no such layer");
     const int64_t* shape = shapes.data() + 4 * p.layer;
     if (p.templates < 1 || p.out < 1 || p.in < 1 || p.row < p.in || total({{p.out_offset}, {p.out}}) > shape[0] ||
         total({{p.in_offset}, {p.in}}) > shape[1]) {
@@ -65,7 +63,7 @@ Composition::Composition(const std::vector<int64_t>& pieces, const std::vector<i
     const int64_t stride = p.templates > 1 ? p.stride : 0, to_pitch = shape[1] * taps;
     const auto [entry, is_new] = found.try_emplace({p.base, stride, p.templates, pitch}, windows_.size());
     if (is_new) windows_.push_back({p.base, stride, p.templates, pitch}), parts.emplace_back();
-    const User user{first[p.layer] + p.out_offset * to_pitch + p.in_offset * taps, to_pitch, p.coefficient};
+    const User user{p.layer, p.out_offset * to_pitch + p.in_offset * taps, to_pitch, p.coefficient};
     parts[entry->second].push_back({p.out, run, user});
   }
   for (size_t w = 0; w < windows_.size(); ++w) cut(windows_[w], parts[w]);
@@ -132,13 +130,14 @@ std::vector<Composition::Tile> Composition::tiles() const {
   return tiles;
 }
 
-ComposeTile Composition::open(const Tile& tile, DType type, const char* bank, const float* coefficients, char* flat,
-                              std::vector<ComposeUser>& users) {
+ComposeTile Composition::open(const Tile& tile, DType type, const char* bank, const float* coefficients,
+                              const std::vector<char*>& weights, std::vector<ComposeUser>& users) {
   const Window& w = *tile.window;
   const int64_t bytes = size_of(type);
   users.clear();
   for (const User& u : tile.cell->users) {
-    users.push_back({flat + (u.to + tile.row * u.pitch + tile.column) * bytes, u.pitch, coefficients + u.coefficient});
+    users.push_back(
+        {weights[u.layer] + (u.to + tile.row * u.pitch + tile.column) * bytes, u.pitch, coefficients + u.coefficient});
   }
   ComposeTile opened{};
   opened.bank = bank + tile.offset() * bytes, opened.type = type;
@@ -148,22 +147,28 @@ ComposeTile Composition::open(const Tile& tile, DType type, const char* bank, co
   return opened;
 }
 
-void Composition::run(const Kernels& kernels, DType type, const char* bank, const float* coefficients, char* result,
-                      const Parallel& parallel) const {
+std::vector<char*> Composition::in(char* flat, DType type) const {
+  std::vector<char*> weights;
+  for (int64_t layer = 0; layer < layers(); ++layer) weights.push_back(flat + start(layer) * size_of(type));
+  return weights;
+}
+
+void Composition::run(const Kernels& kernels, DType type, const char* bank, const float* coefficients,
+                      const std::vector<char*>& weights, const Parallel& parallel) const {
   const std::vector<Tile> all = tiles();
-  const int threads = useful_threads(4.0 * numel_, parallel);
+  const int threads = useful_threads(4.0 * numel(), parallel);
   Team team(threads, 1);
   parallel.run(threads, [&](int thread) {
     std::vector<ComposeUser> users;
     team.phase(thread, 0, int64_t(all.size()), [&](int64_t item) {
-      ComposeTile tile = open(all[item], type, bank, coefficients, result, users);
-      tile.stream = type == DType::kFloat32 && numel_ * 4 > kStreamBytes;
+      ComposeTile tile = open(all[item], type, bank, coefficients, weights, users);
+      tile.stream = type == DType::kFloat32 && numel() * 4 > kStreamBytes;
       kernels.compose(tile);
     });
   });
 }
 
-void Composition::backward(const Kernels& kernels, DType type, const char* gradient, const char* bank,
+void Composition::backward(const Kernels& kernels, DType type, const std::vector<char*>& gradients, const char* bank,
                            const float* coefficients, float* bank_gradient, int64_t bank_elements,
                            float* coefficient_gradient, int64_t coefficient_elements, const Parallel& parallel) const {
   const std::vector<Tile> all = tiles();
@@ -200,7 +205,7 @@ void Composition::backward(const Kernels& kernels, DType type, const char* gradi
   }
   const Workspace memory(all_products * int64_t(sizeof(double)));
   double* products = reinterpret_cast<double*>(memory.data());
-  const int threads = useful_threads(8.0 * numel_ + bank_elements, parallel);
+  const int threads = useful_threads(8.0 * numel() + bank_elements, parallel);
   Team team(threads, phases_ + 1);
   parallel.run(threads, [&](int thread) {
     std::vector<ComposeUser> users;
@@ -211,7 +216,7 @@ void Composition::backward(const Kernels& kernels, DType type, const char* gradi
       team.phase(thread, phase + 1, int64_t(items[phase].size()), [&](int64_t item) {
         const auto [first, count] = items[phase][item];
         for (int64_t i = first; i < first + count; ++i) {
-          ComposeTile tile = open(all[i], type, bank, coefficients, const_cast<char*>(gradient), users);
+          ComposeTile tile = open(all[i], type, bank, coefficients, gradients, users);
           tile.bank_gradient = bank_gradient + all[i].offset();
           tile.first = written(*all[i].window);
           tile.stream = bank_elements * 4 > kStreamBytes;

@@ -26,7 +26,7 @@ class Composition {
   Composition(const std::vector<int64_t>& pieces, const std::vector<int64_t>& shapes);
 
   struct User {
-    int64_t to, pitch;  // first element in the result, elements from one row to the next
+    int64_t layer, to, pitch;  // first element in the layer's weight, elements from one row to the next
     int64_t coefficient;
   };
   // Rows of `run` elements of all templates, the same ones for every user.
@@ -51,15 +51,21 @@ class Composition {
   int64_t phases() const { return phases_; }
   int64_t bank_end() const { return bank_end_; }                // elements that the bank must have
   int64_t coefficient_end() const { return coefficient_end_; }  // and the coefficients
-  int64_t numel() const { return numel_; }                      // of the result
+  int64_t layers() const { return int64_t(starts_.size()) - 1; }
+  int64_t start(int64_t layer) const { return starts_[layer]; }  // in the flat result
+  int64_t numel() const { return starts_.back(); }               // of the result
 
-  void run(const Kernels& kernels, DType type, const char* bank, const float* coefficients, char* result,
-           const Parallel& parallel) const;
+  // The layers' weights in a flat result.
+  std::vector<char*> in(char* flat, DType type) const;
 
-  // Fills both gradients; `bank_gradient` has `bank_elements` floats.
-  void backward(const Kernels& kernels, DType type, const char* gradient, const char* bank, const float* coefficients,
-                float* bank_gradient, int64_t bank_elements, float* coefficient_gradient, int64_t coefficient_elements,
-                const Parallel& parallel) const;
+  // `weights` are the layers', wherever they are.
+  void run(const Kernels& kernels, DType type, const char* bank, const float* coefficients,
+           const std::vector<char*>& weights, const Parallel& parallel) const;
+
+  // Fills both gradients; `bank_gradient` has `bank_elements` floats. `gradients` (of the weights) are only read.
+  void backward(const Kernels& kernels, DType type, const std::vector<char*>& gradients, const char* bank,
+                const float* coefficients, float* bank_gradient, int64_t bank_elements, float* coefficient_gradient,
+                int64_t coefficient_elements, const Parallel& parallel) const;
 
  private:
   struct Tile {
@@ -77,11 +83,12 @@ class Composition {
   };
   static void cut(Window& window, const std::vector<Part>& parts);
   std::vector<Tile> tiles() const;
-  static ComposeTile open(const Tile& tile, DType type, const char* bank, const float* coefficients, char* flat,
-                          std::vector<ComposeUser>& users);
+  static ComposeTile open(const Tile& tile, DType type, const char* bank, const float* coefficients,
+                          const std::vector<char*>& weights, std::vector<ComposeUser>& users);
 
-  std::vector<Window> windows_;  // by base
-  int64_t phases_ = 0, bank_end_ = 0, coefficient_end_ = 0, numel_ = 0;
+  std::vector<Window> windows_;     // by base
+  std::vector<int64_t> starts_{0};  // of the layers, and the end
+  int64_t phases_ = 0, bank_end_ = 0, coefficient_end_ = 0;
 };
 
 }  // namespace spin

@@ -42,7 +42,8 @@ py::array compose(const py::array& bank, const py::array& coefficients, const In
   const char* from = data_of(bank, type, {bank.size()}, "bank");
   const char* factors = data_of(coefficients, DType::kFloat32, {coefficients.size()}, "coefficients");
   py::array result = like(bank, {made.numel()});
-  made.run(kernels(isa), type, from, reinterpret_cast<const float*>(factors), bytes(result), own_threads(threads));
+  made.run(kernels(isa), type, from, reinterpret_cast<const float*>(factors), made.in(bytes(result), type),
+           own_threads(threads));
   return result;
 }
 
@@ -54,8 +55,9 @@ py::tuple compose_gradients(const py::array& grad, const py::array& bank, const 
   const char* factors = data_of(coefficients, DType::kFloat32, {coefficients.size()}, "coefficients");
   const char* gradient = data_of(grad, type, {made.numel()}, "grad");
   py::array_t<float> to_bank = floats({bank.size()}), to_coefficients = floats({coefficients.size()});
-  made.backward(kernels(isa), type, gradient, from, reinterpret_cast<const float*>(factors), to_bank.mutable_data(),
-                bank.size(), to_coefficients.mutable_data(), coefficients.size(), own_threads(threads));
+  made.backward(kernels(isa), type, made.in(const_cast<char*>(gradient), type), from,
+                reinterpret_cast<const float*>(factors), to_bank.mutable_data(), bank.size(),
+                to_coefficients.mutable_data(), coefficients.size(), own_threads(threads));
   return py::make_tuple(to_bank, to_coefficients);
 }
 

@@ -25,27 +25,54 @@ Call read(const Tensor& bank, const Tensor& coefficients, const std::vector<int6
   return call;
 }
 
-Tensor compose(const Tensor& bank, const Tensor& coefficients, std::vector<int64_t> pieces,
-               std::vector<int64_t> shapes) {
+// The layers' weights one after another in one tensor, or `apart`: a tensor for each, so that autograd need not join
+// their gradients, a pass over memory larger than this one.
+std::vector<Tensor> compose(const Tensor& bank, const Tensor& coefficients, std::vector<int64_t> pieces,
+                            std::vector<int64_t> shapes, bool apart) {
   return within_memory("pieces", [&] {
     const Call call = read(bank, coefficients, pieces, shapes);
-    Tensor result = pooled(bank, call.composition.numel(), size_of(call.type));
-    call.composition.run(weight_kernels(), call.type, call.bank, call.coefficients, mutable_bytes(result),
-                         torch_parallel());
-    return result;
+    const Composition& made = call.composition;
+    std::vector<Tensor> results;
+    std::vector<char*> weights;
+    if (apart) {
+      for (int64_t layer = 0; layer < made.layers(); ++layer) {
+        const Tensor flat = pooled(bank, made.start(layer + 1) - made.start(layer), size_of(call.type));
+        results.push_back(torch::stable::view(flat, {&shapes[4 * layer], 4}));
+        weights.push_back(mutable_bytes(flat));
+      }
+    } else {
+      results.push_back(pooled(bank, made.numel(), size_of(call.type)));
+      weights = made.in(mutable_bytes(results[0]), call.type);
+    }
+    made.run(weight_kernels(), call.type, call.bank, call.coefficients, weights, torch_parallel());
+    return results;
   });
 }
 
-std::tuple<Tensor, Tensor> compose_backward(const Tensor& grad, const Tensor& bank, const Tensor& coefficients,
+// `grads` as compose() makes weights: one flat tensor, or one per layer.
+std::tuple<Tensor, Tensor> compose_backward(std::vector<Tensor> grads, const Tensor& bank, const Tensor& coefficients,
                                             std::vector<int64_t> pieces, std::vector<int64_t> shapes) {
   return within_memory("pieces", [&] {
     Call call = read(bank, coefficients, pieces, shapes);
-    const char* gradient = data_of(grad, call.type, {call.composition.numel()}, "grad", call.keep);
+    const Composition& made = call.composition;
+    std::vector<char*> gradients;
+    if (grads.size() == 1 && grads[0].dim() == 1) {
+      gradients =
+          made.in(const_cast<char*>(data_of(grads[0], call.type, {made.numel()}, "grad", call.keep)), call.type);
+    } else {
+      STD_TORCH_CHECK(int64_t(grads.size()) == made.layers(), "grads: expected one per layer");
+      for (size_t layer = 0; layer < grads.size(); ++layer) {
+        const int64_t* shape = &shapes[4 * layer];
+        const char* data =
+            data_of(grads[layer], call.type, {shape[0], shape[1], shape[2], shape[3]}, "grads", call.keep);
+        gradients.push_back(const_cast<char*>(data));
+      }
+    }
     Tensor to_bank = pooled(bank, bank.numel(), size_of(call.type));
     Tensor to_coefficients = new_tensor(coefficients, {coefficients.numel()}, ScalarType::Float);
     fill_as_floats(to_bank, call.type, [&](float* floats) {
-      call.composition.backward(weight_kernels(), call.type, gradient, call.bank, call.coefficients, floats,
-                                bank.numel(), mutable_floats(to_coefficients), coefficients.numel(), torch_parallel());
+      made.backward(weight_kernels(), call.type, gradients, call.bank, call.coefficients, floats, bank.numel(),
+                    mutable_floats(to_coefficients), coefficients.numel(), torch_parallel());
     });
     return std::make_tuple(to_bank, to_coefficients);
   });

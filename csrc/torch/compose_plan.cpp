@@ -60,7 +60,7 @@ Plan plan(const Composition& composition, int64_t block) {
                                                           w.pitch, cell.rows, run, user, count, programs, products});
         }
         for (const auto& u : cell.users) {
-          append(users, {u.to + column, u.pitch, u.coefficient});
+          append(users, {composition.start(u.layer) + u.to + column, u.pitch, u.coefficient});
           for (int64_t k = 0; k < w.templates; ++k, products += programs) {
             append(terms_of[u.coefficient + k], {products, programs});
           }

@@ -32,8 +32,9 @@ STABLE_TORCH_LIBRARY(spin, m) {
   // Gradients of the nine tensors in order, empty for absent ones.
   m.def("_mixer_backward(Tensor grad, Tensor dw_stats, Tensor pw_stats, Tensor saved, Tensor x, " MIXER_WEIGHTS
         ", float? eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("_compose_layers(Tensor bank, Tensor coefficients, int[] pieces, int[] shapes) -> Tensor[]");
   m.def(
-      "_compose_superweights_backward(Tensor grad, Tensor bank, Tensor coefficients, int[] pieces, "
+      "_compose_superweights_backward(Tensor[] grads, Tensor bank, Tensor coefficients, int[] pieces, "
       "int[] shapes) -> (Tensor, Tensor)");
   m.def(
       "_repeat_weight_backward(Tensor grad, Tensor weight, Tensor? alpha, Tensor? beta, Tensor? gate, "
@@ -44,9 +45,11 @@ STABLE_TORCH_LIBRARY(spin, m) {
   m.def("_mixer_train_cpu(Tensor x, " MIXER_WEIGHTS ", float? eps, int save) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("_mixer_backward_cpu(Tensor grad, Tensor dw_stats, Tensor pw_stats, Tensor saved, Tensor x, " MIXER_WEIGHTS
         ", float? eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("_compose_superweights_cpu(Tensor bank, Tensor coefficients, int[] pieces, int[] shapes) -> Tensor");
   m.def(
-      "_compose_superweights_backward_cpu(Tensor grad, Tensor bank, Tensor coefficients, int[] pieces, "
+      "_compose_superweights_cpu(Tensor bank, Tensor coefficients, int[] pieces, int[] shapes, bool apart) -> "
+      "Tensor[]");
+  m.def(
+      "_compose_superweights_backward_cpu(Tensor[] grads, Tensor bank, Tensor coefficients, int[] pieces, "
       "int[] shapes) -> (Tensor, Tensor)");
   m.def(
       "_plan_composition(int[] pieces, int[] shapes, int block) -> "
