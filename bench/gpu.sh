@@ -28,7 +28,7 @@ bench() {
 sanitize() {
   if command -v compute-sanitizer >/dev/null; then
     step "$1" 35 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
-      "$python" -m pytest -m gpu tests/test_triton.py tests/test_triton_training.py -k "large_kernels or same_bits"
+      "$python" -m pytest -m gpu tests/test_triton.py tests/test_triton_training.py tests/test_triton_weights.py -k "large_kernels or same_bits"
   else
     echo "$1: no compute-sanitizer on PATH" | tee -a "$out/summary.txt"
     failed+=("$1")

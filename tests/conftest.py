@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available() and find_spec("triton"):
     # Triton reads this where kernels are defined, its own among them: before anything else imports it.
     os.environ["TRITON_INTERPRET"] = "1"
+    import triton_ops.repeat
     import triton_ops.training  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]

@@ -33,9 +33,9 @@ def rectangles(rng: Random, out: int, into: int) -> list[tuple[int, int, int, in
     return done
 
 
-def any_composition(rng: Random) -> dict[str, Any]:
+def any_composition(rng: Random, sizes: tuple[int, ...] = (3, 8, 20, 60)) -> dict[str, Any]:
     """Layers that repeat the tilings and the windows of others now and then, windows that overlap or leave gaps."""
-    size, count = rng.choice([3, 8, 20, 60]), rng.choice([0, 1, 2, 5])
+    size, count = rng.choice(sizes), rng.choice([0, 1, 2, 5])
     kinds = [(rng.randint(1, size), rng.randint(1, size), rng.choice([1, 2, 3]), rng.choice([1, 3])) for _ in range(2)]
     kinds = [(*kind, rectangles(rng, *kind[:2])) for kind in kinds]
     windows: dict[tuple[int, ...], tuple[int, int, int, int]] = {}
@@ -102,17 +102,17 @@ def test_random_compositions(chunk: int, isa: str, monkeypatch: pytest.MonkeyPat
         assert_right(arguments, torch.randn_like(COMPOSE(**arguments)))
 
 
-def nested_layers(templates: int, layers: int) -> dict[str, Any]:
+def nested_layers(templates: int, layers: int, rows: int = 96) -> dict[str, Any]:
     """A few megabytes: layers of two sizes that share one window, and one with a window that begins inside it."""
-    small, large = (96, 64, 3, 3), (96, 128, 3, 3)
-    n = 96 * 64 * 9
+    small, large = (rows, 64, 3, 3), (rows, 128, 3, 3)
+    n = rows * 64 * 9
     pieces, shapes = [], []
     for layer in range(layers):
         wide = layer % 2
         shapes += large if wide else small
         for half in range(1 + wide):
             base = n // 2 if layer == layers - 1 else 0
-            pieces += [layer, base, n, templates, len(pieces) // 10 * templates, 0, 64 * half, 96, 64, 64]
+            pieces += [layer, base, n, templates, len(pieces) // 10 * templates, 0, 64 * half, rows, 64, 64]
     return {
         "bank": torch.randn(n * templates + n // 2),
         "coefficients": torch.randn(len(pieces) // 10 * templates),

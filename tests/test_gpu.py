@@ -1,11 +1,13 @@
 """What only a GPU shows: streams, graphs, synchronisation, several devices, autocast, compiled steps."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from arguments import mixer_arguments, tensors_of
+from test_compose import COMPOSE, nested_layers
+from test_repeat import REPEAT, drawn
 from torch import Tensor
 
 import spin_kernels as spin
@@ -18,28 +20,42 @@ TRAIN = torch.ops.spin.shared_mixer_block_train.default
 CASE = {"batch": 5, "channels": 96, "height": 16, "width": 15, "kernel": 5, "depth": 4, "matrices": 2}
 
 
-def on_gpu(device: str = "cuda", **changes: Any) -> dict[str, Any]:
-    a = mixer_arguments(**CASE | {"dtype": torch.float16} | changes)
+def to_gpu(a: dict[str, Any], device: str = "cuda") -> dict[str, Any]:
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in a.items()}
 
 
-def step(a: dict[str, Any], train: bool) -> list[Tensor]:
+def on_gpu(**changes: Any) -> dict[str, Any]:
+    return to_gpu(mixer_arguments(**CASE | {"dtype": torch.float16} | changes))
+
+
+def step(op: Callable[..., Any], a: dict[str, Any]) -> list[Tensor]:
     """Output and all gradients of new leaves."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors_of(a).items()}
-    y = TRAIN(**a | leaves)[0] if train else BLOCK(**a | leaves)
+    y = op(**a | leaves)
+    y = y if isinstance(y, Tensor) else y[0]
     weight = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=y.dtype).view(y.shape)
     return [y, *torch.autograd.grad(y, list(leaves.values()), weight)]
 
 
-CALLS: dict[str, Callable[[dict[str, Any]], list[Tensor]]] = {
-    "inference": lambda a: [BLOCK(**a)],
-    "frozen statistics": lambda a: step(a, False),
-    "batch statistics": lambda a: step(a, True),
+class Call(NamedTuple):
+    draw: Callable[[], dict[str, Any]]
+    source: str  # a tensor that changes
+    run: Callable[[dict[str, Any]], list[Tensor]]
+
+
+CALLS = {
+    "inference": Call(on_gpu, "x", lambda a: [BLOCK(**a)]),
+    "frozen statistics": Call(on_gpu, "x", lambda a: step(BLOCK, a)),
+    "batch statistics": Call(on_gpu, "x", lambda a: step(TRAIN, a)),
+    "composition": Call(lambda: to_gpu(nested_layers(3, 5)), "bank", lambda a: step(COMPOSE, a)),
+    "repetition": Call(
+        lambda: to_gpu(drawn(20, 16, 190, 170, 3, 3, "swish", torch.float32)), "weight", lambda a: step(REPEAT, a)
+    ),
 }
 
 
 @pytest.fixture(params=list(CALLS))
-def call(request: pytest.FixtureRequest) -> Iterator[Callable[[dict[str, Any]], list[Tensor]]]:
+def call(request: pytest.FixtureRequest) -> Iterator[Call]:
     yield CALLS[request.param]
     torch.cuda.synchronize()
 
@@ -50,55 +66,54 @@ def assert_same(got: list[Tensor], expected: list[Tensor]) -> None:
     assert all(g.isfinite().all() for g in got)
 
 
-def test_same_bits_again(call: Callable) -> None:
-    a = on_gpu()
-    assert_same(call(a), call(a))
+def test_same_bits_again(call: Call) -> None:
+    a = call.draw()
+    assert_same(call.run(a), call.run(a))
 
 
-def test_runs_on_the_current_stream(call: Callable) -> None:
-    a = on_gpu()
-    expected, stream = call(a), torch.cuda.Stream()
-    late = a | {"x": torch.full_like(a["x"], torch.nan)}
+def test_runs_on_the_current_stream(call: Call) -> None:
+    a = call.draw()
+    expected, stream = call.run(a), torch.cuda.Stream()
+    late = a | {call.source: torch.full_like(a[call.source], torch.nan)}
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # what is enqueued elsewhere would run before x is there
-        late["x"].copy_(a["x"])
-        got = call(late)
+        torch.cuda._sleep(100_000_000)  # what is enqueued elsewhere would run before the source is there
+        late[call.source].copy_(a[call.source])
+        got = call.run(late)
     stream.synchronize()
     assert_same(got, expected)
 
 
-def test_captured_in_a_graph(call: Callable) -> None:
-    a, other = on_gpu(), on_gpu()["x"]
-    expected = call(a | {"x": other})
-    call(a)  # compiles
+def test_captured_in_a_graph(call: Call) -> None:
+    a, other = call.draw(), call.draw()[call.source]
+    expected = call.run(a | {call.source: other})
+    call.run(a)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = call(a)
-    a["x"].copy_(other)
+        got = call.run(a)
+    a[call.source].copy_(other)
     for _ in range(2):
         graph.replay()
         assert_same(got, expected)
 
 
-def test_never_waits_for_the_gpu(call: Callable) -> None:
-    a = on_gpu()
-    expected = call(a)
+def test_never_waits_for_the_gpu(call: Call) -> None:
+    a = call.draw()
+    expected = call.run(a)
     try:
         torch.cuda.set_sync_debug_mode("error")
-        got = call(a)
+        got = call.run(a)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_same(got, expected)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_tensors_of_another_device_than_the_current(call: Callable) -> None:
-    a = on_gpu()
-    elsewhere = {name: value.to("cuda:1") if isinstance(value, Tensor) else value for name, value in a.items()}
-    got = call(elsewhere)
+def test_tensors_of_another_device_than_the_current(call: Call) -> None:
+    a = call.draw()
+    got = call.run(to_gpu(a, "cuda:1"))
     assert all(g.device == torch.device("cuda:1") for g in got)
-    assert_same([g.to("cuda:0") for g in got], call(a))
+    assert_same([g.to("cuda:0") for g in got], call.run(a))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -135,6 +150,25 @@ def test_compiled_training_step(mode: str) -> None:
     for _ in range(3):
         torch.testing.assert_close(loss_of(compiled), expected, rtol=1e-3, atol=1e-3)
         torch.testing.assert_close(mixer.pw_weight.grad, gradient, rtol=2e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_compiled_weights(mode: str) -> None:
+    """Composed and repeated; without a call before, so that plans are made while graphs are."""
+    composed = to_gpu(nested_layers(2, 4, rows=24))
+    weight, gate = torch.randn(8, 8, 3, 3, device="cuda"), torch.randn(40, 30, 3, 3, device="cuda")
+    leaves = [composed["bank"].requires_grad_(), composed["coefficients"].requires_grad_(), weight.requires_grad_()]
+
+    def loss_of(bank: Tensor, coefficients: Tensor, weight: Tensor) -> Tensor:
+        flat = COMPOSE(bank, coefficients, composed["pieces"], composed["shapes"])
+        return flat.square().mean() + REPEAT(weight, None, None, gate, 40, 30).square().mean()
+
+    compiled = torch.compile(loss_of, fullgraph=True, mode=mode)
+    got = [[g.clone() for g in torch.autograd.grad(compiled(*leaves), leaves)] for _ in range(3)]
+    expected = torch.autograd.grad(loss_of(*leaves), leaves)
+    for gradients in got:
+        for g, e in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-6)
 
 
 def test_memory_held_between_the_passes() -> None:

@@ -2,7 +2,7 @@
 
     result[a, b, tap] = modulate(base[a mod o, b mod i, tap]),  tile t = (a div o, b div i), the last ones partial
     plain: w      swish: alpha[t] w s, s = 1 / (1 + exp(beta[t] w))      gate: w gate[a, b, tap]
-    swish: d w = alpha s (1 - beta w (1 - s)),  d alpha = w s,  d beta = -alpha w^2 s (1 - s)
+    swish: d w = alpha (s - beta w s (1 - s)),  d alpha = w s,  d beta = -alpha w^2 s (1 - s)
 
 Tiling: a program holds BLOCK elements of the base, all its rows one long run, and walks a group of tiles: divisions,
 once per program, find its places. There is more than one group only where the base alone would leave processors idle;
@@ -97,13 +97,13 @@ def repeat_gradient_kernel(
         if MODULATION == "swish":
             a, b = tl.load(alpha + tile), tl.load(beta + tile)
             s, rest = gates(b * w)
-            gs, slope = g * s, w * rest
+            slope = w * (s * rest)  # 0 where the exponential is infinite
             # An infinite weight times no gradient is not a number, also where the tile ends before the piece.
-            total += tl.where(mask, a * gs * (1.0 - b * slope), 0.0)
+            total += tl.where(mask, a * g * (s - b * slope), 0.0)
             to = parts + tile * tl.num_programs(0) + tl.program_id(0)
-            tl.store(to, tl.sum(tl.where(mask, gs * w, 0.0), axis=0))
+            tl.store(to, tl.sum(tl.where(mask, g * (w * s), 0.0), axis=0))
             to += tl.num_programs(0) * tl.cast(tiles, tl.int64)
-            tl.store(to, -tl.sum(tl.where(mask, (a * gs) * (w * slope), 0.0), axis=0))
+            tl.store(to, -tl.sum(tl.where(mask, a * g * (w * slope), 0.0), axis=0))
         elif MODULATION == "gate":
             total += g * tl.load(gate + place, mask=mask, other=0.0).to(tl.float32)
             tl.store(gate_gradient + place, (g * w).to(gate_gradient.dtype.element_ty), mask=mask)
@@ -154,5 +154,5 @@ def backward(grad: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor | None, .
             grad.contiguous(), *call.tensors, parts, to_gate, sums, *call.sizes, **call.options
         )
         to_weight = parts[0] if groups == 1 else parts.sum(0).to(weight.dtype)
-        to_alpha, to_beta = (None, None) if sums is None else sums.sum(-1, dtype=torch.float64).float()
+        to_alpha, to_beta = (None, None) if sums is None else (s.sum(-1, dtype=torch.float64).float() for s in sums)
         return to_weight, to_alpha, to_beta, to_gate
