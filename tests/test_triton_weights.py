@@ -228,7 +228,9 @@ def test_opcheck() -> None:
     composed = on_device(compose_arguments(requires_grad=True))
     opcheck(COMPOSE, tuple(composed.values()))
     detached = [t.detach() if isinstance(t, Tensor) else t for t in composed.values()]
-    opcheck(torch.ops.spin._compose_superweights_backward.default, (random_like(COMPOSE, composed).detach(), *detached))
+    backward = torch.ops.spin._compose_superweights_backward.default
+    opcheck(backward, ([random_like(COMPOSE, composed).detach()], *detached))
+    opcheck(torch.ops.spin._compose_layers.default, tuple(composed.values()))
     for modulation in ("none", "swish", "gate"):
         repeated = on_device(repeat_arguments(modulation))
         opcheck(torch.ops.spin._repeat_weight_backward.default, (random_like(REPEAT, repeated), *repeated.values()))
