@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spin_kernels import Sharing, fusion, models, reference
+from spin_kernels.nn import SuperConv2d, SuperWeightBank
 from spin_kernels.summary import summarise
 
 PLANS = {
@@ -74,6 +75,33 @@ def test_counts_of_a_fused_model():
     assert fused.unshared_parameters == summarise(model).parameters == fused.parameters - 6
     assert sum(layer.parameters for layer in fused.layers) == fused.parameters - 6
     assert fused.plans == {"W": (0, 0, 1, 1, 2, 2)}
+
+
+class FromOneBank:
+    """Weights that are combinations of templates, all of one bank."""
+
+    def apply(self, network: nn.Module) -> None:
+        network.bank = SuperWeightBank({"all": 9 * 16 * 16 * 2})
+        for parent in list(network.modules()):
+            for name, conv in list(parent.named_children()):
+                if isinstance(conv, nn.Conv2d):
+                    options = {"stride": conv.stride, "padding": conv.padding, "bias": conv.bias is not None}
+                    sizes = conv.in_channels, conv.out_channels, conv.kernel_size
+                    setattr(parent, name, SuperConv2d(*sizes, bank=network.bank, cluster="all", **options))
+        network.bank.attach(network)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["unfrozen", "frozen"])
+def test_counts_of_weights_from_a_bank(frozen):
+    model = models.WideResNet(10, 2, base_channels=2, weights=FromOneBank()).bfloat16().eval()
+    if frozen:
+        model.bank.freeze()
+    summary, plain = (summarise(m, (16, 16)) for m in (model, models.WideResNet(10, 2, base_channels=2)))
+    assert [layer.shape for layer in summary.layers] == [layer.shape for layer in plain.layers]
+    assert (summary.flops, summary.unshared_parameters) == (plain.flops, plain.parameters)
+    assert summary.parameters == sum(p.numel() for p in model.parameters())
+    assert summary.layers[0].parameters == 0  # in the bank
+    assert not frozen or model.bank.is_frozen
 
 
 CONVNETS = {
