@@ -47,6 +47,8 @@ def info(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--image-size") from None
     if plot:
+        if not summary.plans:
+            raise typer.BadParameter(f"expected a network of equal blocks, got {model}", param_hint="--plot")
         _check_plot(plot)
     _show(model, summary)
     if plot:
@@ -67,7 +69,10 @@ def analyze(
     _check_plot(plot)
     pair = []
     for name, path, hint in ((model, weights, "--weights"), (other, other_weights, "--other-weights")):
-        network = _create(name, "MODEL" if hint == "--weights" else "OTHER").eval()
+        argument = "MODEL" if hint == "--weights" else "OTHER"
+        network = _create(name, argument).eval()
+        if name not in models.isotropic_models():
+            raise typer.BadParameter(f"expected a network of equal blocks, got {name}", param_hint=argument)
         if path:
             _load_weights(network, path, hint)
         pair.append(network)
@@ -133,7 +138,8 @@ def _show(name: str, summary: Summary) -> None:
         table.add_row(layer.name, shape, layer.weight, f"{layer.parameters:,}", f"{layer.flops / 1e6:,.1f}")
     console = Console(width=None if sys.stdout.isatty() else 100)
     console.print(table)
-    console.print(summary.map(), highlight=False)
+    if summary.plans:
+        console.print(summary.map(), highlight=False)
     saved = 1 - summary.parameters / summary.unshared_parameters
     console.print(
         f"{summary.parameters:,} parameters ({summary.unshared_parameters:,} without sharing: {saved:.0%} saved), "

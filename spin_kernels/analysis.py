@@ -17,7 +17,7 @@ __all__ = ["block_similarity", "linear_cka"]
 
 
 class Blocks(Protocol):
-    """A network of equal blocks, such as every model of :mod:`spin_kernels.models`."""
+    """A network of equal blocks, such as those of :func:`spin_kernels.models.isotropic_models`."""
 
     def block_outputs(self, images: Tensor) -> Iterator[Tensor]: ...
 

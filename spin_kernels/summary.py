@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .models import ConvMixer, ConvNeXt, Model, VisionTransformer
 from .models.isotropic import Isotropic
+from .models.p4cnn import P4Conv2d
+from .models.registry import ConvNet
 from .models.vit import Attention
-from .nn import FusedMixer, SharedMixer
+from .nn import FusedMixer, RepeatConv2d, SharedMixer, SuperConv2d, SuperLinear, SuperWeightBank
+
+_CONVOLUTIONS = (nn.Conv2d, SuperConv2d, RepeatConv2d, P4Conv2d)
+_LINEAR = (nn.Linear, SuperLinear)
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,8 @@ class Summary:
     """Of a network on one image of `image_size`; a multiply-add is two FLOPs, padding counts, activations do not.
 
     `plans` holds the distinct weight that each block uses: "W", the pointwise ones of a ConvMixer or ConvNeXt and all
-    linear layers of a Vision Transformer, and "F", depthwise filters, where blocks share them.
+    linear layers of a Vision Transformer, and "F", depthwise filters, where blocks share them; nothing for networks
+    of blocks of several widths. `tokens` are the positions that come out of the stem, their first convolution.
     `unshared_parameters` are those of the same network with all weights per block; `bytes` those of all
     parameters and buffers, each once: what a checkpoint holds.
     """
@@ -50,7 +61,9 @@ class Summary:
         return sum(layer.flops for layer in self.layers)
 
     def map(self) -> str:
-        """The sharing plans as text: a row per distinct weight, a column per block."""
+        """The sharing plans as text: a row per distinct weight, a column per block; empty without plans."""
+        if not self.plans:
+            return ""
         blocks = range(len(self.plans["W"]))
         tens = "".join(str(d // 10 % 10) if d and d % 10 == 0 else " " for d in blocks)
         rows = [f"{'block':>6} {tens}".rstrip(), " " * 7 + "".join(str(d % 10) for d in blocks)]
@@ -65,10 +78,12 @@ def summarise(model: Model, image_size: tuple[int, int] = (224, 224)) -> Summary
 
     Raises:
         TypeError: ``model`` is none of them.
-        ValueError: the image is smaller than a patch, or not what a Vision Transformer is made for.
+        ValueError: the image is too small, or not what a Vision Transformer is made for.
     """
     if not isinstance(model, Model):
         raise TypeError(f"model: expected a network of spin_kernels.models, got {type(model).__name__}")
+    if isinstance(model, ConvNet):
+        return _summarise_convnet(model, image_size)
     conv = model.patch_embed.conv if isinstance(model, ConvMixer) else model.patch_embed
     grid = [
         (side + 2 * padding - kernel) // stride + 1
@@ -93,7 +108,6 @@ def summarise(model: Model, image_size: tuple[int, int] = (224, 224)) -> Summary
         Layer("stem", tuple(conv.weight.shape), _count(stem), 2 * conv.weight.numel() * patches),
         Layer("head", tuple(head.weight.shape), _count(head), 2 * head.weight.numel()),
     )
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
     return Summary(
         (image_size[0], image_size[1]),
         (grid[0], grid[1]),
@@ -101,7 +115,7 @@ def summarise(model: Model, image_size: tuple[int, int] = (224, 224)) -> Summary
         plans,
         _count(model),
         unshared,
-        sum(t.numel() * t.element_size() for t in tensors),
+        _bytes(model),
     )
 
 
@@ -150,5 +164,47 @@ def _isotropic_blocks(model: Isotropic, tokens: int) -> list[Layer]:
     return layers
 
 
+def _summarise_convnet(model: ConvNet, image_size: tuple[int, int]) -> Summary:
+    """Its convolutions and linear layers in the order in which an image meets them."""
+    layers: list[Layer] = []
+    grids: list[tuple[int, ...]] = []
+    own, seen = set(), set()
+
+    def record(name: str, layer: Any, _: Any, output: Tensor) -> None:
+        if isinstance(layer, _LINEAR):
+            shape: tuple[int, ...] = (layer.out_features, layer.in_features)
+        else:
+            shape = (layer.out_channels, layer.in_channels // getattr(layer, "groups", 1), *layer.kernel_size)
+        new = [p for p in layer.parameters() if p not in seen]
+        seen.update(new)
+        positions = math.prod(output.shape[2:])
+        layers.append(Layer(name, shape, sum(p.numel() for p in new), 2 * math.prod(shape) * positions))
+        grids.append(tuple(output.shape[2:]))
+
+    biases = 0
+    twin = copy.deepcopy(model).to("meta")  # shapes alone, nothing is computed and no statistics change
+    for name, module in twin.named_modules():
+        if isinstance(module, (*_CONVOLUTIONS, *_LINEAR)):
+            module.register_forward_hook(partial(record, name))
+            biases += module.bias.numel() if getattr(module, "bias", None) is not None else 0
+        if isinstance(module, (*_CONVOLUTIONS, *_LINEAR, SuperWeightBank)):
+            own.update(module.parameters())
+    first = next(module for module in twin.modules() if isinstance(module, _CONVOLUTIONS))
+    try:
+        with torch.no_grad():
+            twin(torch.empty(2, first.in_channels, *image_size, dtype=first.weight.dtype, device="meta"))
+    except RuntimeError as error:
+        raise ValueError(f"image_size: expected a larger image, got {tuple(image_size)}") from error
+    parameters = _count(model)
+    weights = sum(math.prod(layer.shape) for layer in layers)
+    unshared = parameters - sum(p.numel() for p in own) + weights + biases
+    size, tokens = (image_size[0], image_size[1]), (grids[0][0], grids[0][1])
+    return Summary(size, tokens, tuple(layers), {}, parameters, unshared, _bytes(model))
+
+
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))

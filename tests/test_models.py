@@ -75,8 +75,8 @@ def test_published_sizes_add_up():
 def test_create_overrides_and_errors():
     assert models.create("convmixer_256_8_k5_p2").head.fc.out_features == 10
     assert models.create("convmixer_256_8_k5_p2", num_classes=3, depth=1).head.fc.out_features == 3
-    with pytest.raises(ValueError, match=r"^name: expected one of .*ws_convmixer.*, got 'resnet50'"):
-        models.create("resnet50")
+    with pytest.raises(ValueError, match=r"^name: expected one of .*ws_convmixer.*, got 'resnet18'"):
+        models.create("resnet18")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from spin_kernels import Sharing, fusion, models, reference
+from spin_kernels.nn import SuperConv2d, SuperWeightBank
 from spin_kernels.summary import summarise
 
 PLANS = {
@@ -76,6 +77,64 @@ def test_counts_of_a_fused_model():
     assert fused.plans == {"W": (0, 0, 1, 1, 2, 2)}
 
 
+class FromOneBank:
+    """Weights that are combinations of templates, all of one bank."""
+
+    def apply(self, network: nn.Module) -> None:
+        network.bank = SuperWeightBank({"all": 9 * 16 * 16 * 2})
+        for parent in list(network.modules()):
+            for name, conv in list(parent.named_children()):
+                if isinstance(conv, nn.Conv2d):
+                    options = {"stride": conv.stride, "padding": conv.padding, "bias": conv.bias is not None}
+                    sizes = conv.in_channels, conv.out_channels, conv.kernel_size
+                    setattr(parent, name, SuperConv2d(*sizes, bank=network.bank, cluster="all", **options))
+        network.bank.attach(network)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["unfrozen", "frozen"])
+def test_counts_of_weights_from_a_bank(frozen):
+    model = models.WideResNet(10, 2, base_channels=2, weights=FromOneBank()).bfloat16().eval()
+    if frozen:
+        model.bank.freeze()
+    summary, plain = (summarise(m, (16, 16)) for m in (model, models.WideResNet(10, 2, base_channels=2)))
+    assert [layer.shape for layer in summary.layers] == [layer.shape for layer in plain.layers]
+    assert (summary.flops, summary.unshared_parameters) == (plain.flops, plain.parameters)
+    assert summary.parameters == sum(p.numel() for p in model.parameters())
+    assert summary.layers[0].parameters == 0  # in the bank
+    assert not frozen or model.bank.is_frozen
+
+
+CONVNETS = {
+    "wide_resnet": (models.WideResNet(10, 2, base_channels=4), 16),
+    "resnet": (models.ResNet((1, 2, 1, 1), width=4, num_classes=7), 64),
+    "vgg": (models.VGG(((4,), (6, 8)), batch_norm=True, hidden=5, num_classes=7), 32),
+    "p4cnn": (models.p4cnn(3), 28),
+    "repeated": (models.p4cnn(3, weights=models.RepeatedOrientations()), 28),
+}
+
+
+@pytest.mark.parametrize(("model", "side"), CONVNETS.values(), ids=CONVNETS)
+def test_counts_of_convnets(model, side):
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    summary = summarise(model, (side, side))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    images = torch.randn(2, next(m for m in model.modules() if hasattr(m, "kernel_size")).in_channels, side, side)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(images)
+    assert 2 * summary.flops == counter.get_total_flops()
+    assert summary.parameters == sum(p.numel() for p in model.parameters())
+    norms = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    extra = model.bias.numel() if isinstance(model, models.P4CNN) else 0
+    assert sum(layer.parameters for layer in summary.layers) == summary.parameters - norms - extra
+    if isinstance(model, models.P4CNN):
+        plain = 4 * 9 * 3 + 5 * 12 * 12 * 9 + 12 * 40 * 16
+        assert summary.unshared_parameters == plain + norms + extra
+    else:
+        assert summary.unshared_parameters == summary.parameters
+    assert (summary.plans, summary.map()) == ({}, "")
+
+
 def test_the_published_file():
     """Of 44,624,480 bytes, parameters and buffers account for all but half a per cent."""
     summary = summarise(models.create("ws_convmixer_768_32_k3_p14_s2"))
@@ -110,6 +169,8 @@ def test_refusals():
         summarise(models.convmixer(8, 2, 3, 4), (3, 8))
     with pytest.raises(ValueError, match=r"image_size: expected \(16, 16\), as the position embedding, got \(16, 8\)"):
         summarise(models.vit(8, 2, 2, 4, 16), (16, 8))
+    with pytest.raises(ValueError, match=r"image_size: expected a larger image, got \(20, 28\)"):
+        summarise(models.p4cnn(2), (20, 28))
 
 
 def spin(*arguments):
@@ -141,6 +202,19 @@ def test_info(name, tmp_path):
         done = spin(*arguments)
         assert done.exit_code == 2
         assert said in done.output
+
+
+def test_info_of_a_network_without_equal_blocks(tmp_path):
+    done = spin("info", "p4cnn_repeated")
+    assert done.exit_code == 0, done.output
+    assert "24,676 parameters (98,090 without sharing: 75% saved)" in done.output
+    assert "blocks.5.conv" in done.output
+    done = spin("info", "p4cnn", "--plot", tmp_path / "map.png")
+    assert done.exit_code == 2
+    assert "expected a network of equal blocks, got p4cnn" in done.output
+    done = spin("analyze", "vit_192_12_h3_p16", "p4cnn", "--images", tmp_path, "--plot", tmp_path / "cka.png")
+    assert done.exit_code == 2
+    assert "expected a network of equal blocks, got p4cnn" in done.output
 
 
 def test_analyze(tmp_path, monkeypatch):
@@ -184,7 +258,9 @@ def test_module_runs():
 
 def test_published_image_sizes():
     sizes = {name: models.image_size(name) for name in models.list_models()}
-    assert {name for name, size in sizes.items() if size != 224} == {"convmixer_256_8_k5_p2"}
-    assert sizes["convmixer_256_8_k5_p2"] == 32
+    small = {name: size for name, size in sizes.items() if size != 224}
+    assert small == dict.fromkeys(("convmixer_256_8_k5_p2", "vgg11_cifar", "wrn_28_10"), 32) | dict.fromkeys(
+        ("p4cnn", "p4cnn_repeated", "z2cnn"), 28
+    )
     with pytest.raises(ValueError, match="name: expected one of"):
         models.image_size("resnet18")

@@ -1,4 +1,7 @@
-"""Our networks in timm's registry, and the Vision Transformer against timm's; run where timm is installed."""
+"""Our networks in timm's registry, the Vision Transformer against timm's, ResNet and VGG against torchvision's.
+
+Run where timm is installed.
+"""
 
 import subprocess
 import sys
@@ -37,7 +40,7 @@ warnings.simplefilter("error", UserWarning)  # of a name registered twice
 {order}
 import spin_kernels, timm, torch
 assert timm.list_models("spin_*", module="timm_registry")
-assert set(timm.list_models("spin_*")) == {{"spin_" + name for name in spin_kernels.models.list_models()}}
+assert set(timm.list_models("spin_*")) == {{"spin_" + name for name in spin_kernels.models.isotropic_models()}}
 model = timm.create_model("spin_ws_vit_384_12_h6_p16_s2", num_classes=10, in_chans=1, drop_rate=0.1)
 assert model(torch.randn(1, 1, 224, 224)).shape == (1, 10) and model.dropout.p == 0.1
 assert importlib.util.find_spec("timm") is timm.__spec__
@@ -58,7 +61,7 @@ assert not any(name.split(".")[0] in ("timm", "torchvision") for name in sys.mod
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", models.list_models())
+@pytest.mark.parametrize("name", models.isotropic_models())
 def test_every_name(name):
     with torch.device("meta"):
         model = timm.create_model(f"spin_{name}", num_classes=10, in_chans=2, drop_rate=0.1)
@@ -145,3 +148,43 @@ def test_deit_computes_the_same(theirs, name):
         ]
     for actual, theirs_ in pairs:
         assert (actual - theirs_).norm() <= 1e-5 * theirs_.norm()
+
+
+# --- torchvision's
+
+
+CONVNETS = {
+    "resnet50": (models.resnet50, {}),
+    "vgg11": (models.vgg11, {}),
+    "vgg11_bn": (models.vgg11, {"batch_norm": True}),
+}
+
+
+@pytest.mark.parametrize("name", CONVNETS)
+def test_torchvision_has_the_same_names(name):
+    zoo = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    build, options = CONVNETS[name]
+    with torch.device("meta"):
+        expected, model = getattr(zoo, name)(), build(**options)
+    names = [(key, tensor.shape) for key, tensor in expected.state_dict().items()]
+    assert [(key, tensor.shape) for key, tensor in model.state_dict().items()] == names
+
+
+@pytest.mark.parametrize(("name", "side"), [("resnet50", 64), ("vgg11", 40)])
+def test_torchvision_computes_the_same(name, side):
+    zoo = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+    build, options = CONVNETS[name]
+    expected = getattr(zoo, name)().eval()
+    with torch.device("meta"):
+        model = build(**options).eval()
+    for module in expected.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # fresh ones would hide mistakes
+            for tensor in (module.weight, module.running_var):
+                torch.nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                torch.nn.init.normal_(tensor, std=0.1)
+    model.load_state_dict(expected.state_dict(), assign=True)
+    x = torch.randn(2, 3, side, side)
+    with torch.no_grad():
+        actual, theirs = model(x), expected(x)
+    assert (actual - theirs).norm() <= 1e-5 * theirs.norm()

@@ -50,8 +50,7 @@ class Isotropic(nn.Module):
         check_positive(dim=dim, depth=depth, patch_size=patch_size, in_channels=in_channels, num_classes=num_classes)
         if not isinstance(mlp_ratio, int | float) or not 1 <= dim * mlp_ratio < 2**31:
             raise ValueError(f"mlp_ratio: expected a number from 1 / dim to 2**31 / dim, got {mlp_ratio!r}")
-        if not isinstance(drop_rate, int | float) or not 0 <= drop_rate <= 1:
-            raise ValueError(f"drop_rate: expected a number from 0 to 1, got {drop_rate!r}")
+        check_drop_rate(drop_rate)
         self.sharing = check_plan("sharing", sharing, depth)
         self.index = tuple(self.sharing.index)
         self.dim, self.depth, self.hidden = dim, depth, int(dim * mlp_ratio)
@@ -112,3 +111,9 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+
+
+def check_drop_rate(drop_rate: float) -> None:
+    """Raises ValueError unless it is a number from 0 to 1."""
+    if not isinstance(drop_rate, int | float) or not 0 <= drop_rate <= 1:
+        raise ValueError(f"drop_rate: expected a number from 0 to 1, got {drop_rate!r}")

@@ -9,16 +9,21 @@ from typing import Any
 from ..sharing import Sharing
 from .convmixer import ConvMixer
 from .convnext import ConvNeXt
+from .p4cnn import P4CNN, RepeatedOrientations
+from .resnet import ResNet
+from .vgg import VGG
 from .vit import VisionTransformer
+from .wide_resnet import WideResNet
 
-Model = ConvMixer | ConvNeXt | VisionTransformer
+ConvNet = WideResNet | ResNet | VGG | P4CNN
+Model = ConvMixer | ConvNeXt | VisionTransformer | ConvNet
 
 _convmixer_spin = partial(
     ConvMixer, dim=768, depth=32, kernel_size=3, patch_size=14, activation="relu", pw_residual=True
 )
 _deit_s = partial(VisionTransformer, dim=384, depth=12, heads=6, patch_size=16)
 _convnext_s = partial(ConvNeXt, dim=384, depth=18, kernel_size=7, patch_size=16)
-_MODELS: dict[str, Callable[..., Model]] = {
+_ISOTROPIC: dict[str, Callable[..., Model]] = {
     "convmixer_1536_20_k9_p7": partial(ConvMixer, dim=1536, depth=20, kernel_size=9, patch_size=7),
     "convmixer_768_32_k7_p7": partial(ConvMixer, dim=768, depth=32, kernel_size=7, patch_size=7, activation="relu"),
     "convmixer_1024_20_k9_p14": partial(ConvMixer, dim=1024, depth=20, kernel_size=9, patch_size=14),
@@ -33,7 +38,18 @@ _MODELS: dict[str, Callable[..., Model]] = {
     "convnext_384_18_k7_p16": _convnext_s,
     **{f"ws_convnext_384_18_k7_p16_s{rate}": partial(_convnext_s, sharing=Sharing(18, rate)) for rate in (2, 3)},
 }
-_IMAGE_SIZES = {"convmixer_256_8_k5_p2": 32}
+_CONVNETS: dict[str, Callable[..., ConvNet]] = {
+    "wrn_28_10": WideResNet,
+    "resnet50": partial(ResNet, layers=(3, 4, 6, 3)),
+    "vgg11": VGG,
+    "vgg11_cifar": partial(VGG, batch_norm=True, hidden=None, num_classes=10),
+    "p4cnn": P4CNN,
+    "p4cnn_repeated": partial(P4CNN, weights=RepeatedOrientations()),
+    "z2cnn": partial(P4CNN, channels=20, orientations=1),
+}
+_MODELS: dict[str, Callable[..., Model]] = {**_ISOTROPIC, **_CONVNETS}
+_CIFAR, _MNIST = ("convmixer_256_8_k5_p2", "wrn_28_10", "vgg11_cifar"), ("p4cnn", "p4cnn_repeated", "z2cnn")
+_IMAGE_SIZES = dict.fromkeys(_CIFAR, 32) | dict.fromkeys(_MNIST, 28)
 
 
 def list_models() -> list[str]:
@@ -41,8 +57,13 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
+def isotropic_models() -> list[str]:
+    """Those of :func:`list_models` whose blocks have one width, sorted; they have ``block_outputs``."""
+    return sorted(_ISOTROPIC)
+
+
 def image_size(name: str) -> int:
-    """The side of the images that a network was published for: ImageNet's 224, or CIFAR's 32.
+    """The side of the images that a network was published for: ImageNet's 224, CIFAR's 32 or MNIST's 28.
 
     Raises:
         ValueError: there is no network of this name.
@@ -60,10 +81,13 @@ def create(name: str, **overrides: Any) -> Model:
     share weights as arXiv 2207.10237 does: ``_s<rate>`` says how many blocks share a pointwise weight or, in a
     Vision Transformer, all linear layers.
 
+    ``wrn_28_10`` is the :class:`WideResNet` for CIFAR, ``resnet50`` and ``vgg11`` are ImageNet's, ``vgg11_cifar`` has
+    BatchNorm and one linear layer, and ``p4cnn``, ``p4cnn_repeated`` and ``z2cnn`` are the :class:`P4CNN` for rotated
+    MNIST with fixed rotations, with learnable repetition, and without orientations.
+
     Args:
         name: one of :func:`list_models`.
-        overrides: arguments of :class:`ConvMixer`, :class:`VisionTransformer` or :class:`ConvNeXt` that replace
-            the published ones, such as ``num_classes``.
+        overrides: arguments of the network's class that replace the published ones, such as ``num_classes``.
 
     Raises:
         ValueError: there is no network of this name.

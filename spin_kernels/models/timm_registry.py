@@ -1,4 +1,6 @@
-"""The networks of :mod:`.registry` in timm's: ``timm.create_model("spin_<name>")``.
+"""The isotropic networks of :mod:`.registry` in timm's: ``timm.create_model("spin_<name>")``.
+
+The others lack the ``drop_rate`` or ``forward_features`` that timm's users expect of every network.
 
 timm is never imported from here: that takes as long as importing torch, and fails where torchvision does not load.
 Where it has been imported, it gets the names at once, else right after whoever needs it has imported it.
@@ -24,7 +26,7 @@ default_cfgs: dict[str, dict[str, Any]] = {}  # timm's register_model looks here
 
 
 def register_in_timm() -> None:
-    """Registers all networks in timm, now or as soon as it has been imported."""
+    """Registers the isotropic networks in timm, now or as soon as it has been imported."""
     if hasattr(sys.modules.get("timm"), "create_model"):
         _register()
     else:
@@ -34,7 +36,7 @@ def register_in_timm() -> None:
 def _register() -> None:
     from timm.models import register_model
 
-    for name in registry.list_models():
+    for name in registry.isotropic_models():
         side = registry.image_size(name)
         data = _CIFAR if side == 32 else _IMAGENET
         default_cfgs[f"spin_{name}"] = {"input_size": (3, side, side), "fixed_input_size": "vit" in name, **data}
