@@ -29,7 +29,7 @@ def chosen(text: str, allowed: tuple[str, ...], option: str) -> list[str]:
 
 
 def main(
-    suite: Annotated[str, typer.Option(help="networks | blocks | sharing | train")] = "networks",
+    suite: Annotated[str, typer.Option(help="networks | blocks | sharing | train | compose")] = "networks",
     batch: Annotated[
         str | None,
         typer.Option(help="Batch sizes, e.g. 1,8 (the default of networks on a CPU); train: 4 and 32, others: 1."),

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import nn
 
-from .nn.bank import Slab, SuperWeightBank
+from .nn.bank import MOST_TEMPLATES, Slab, SuperWeightBank
 from .nn.coefficients import Coefficients
 from .nn.mixer import SharedMixer
 from .nn.repeat import RepeatConv2d
-from .nn.superweight import MOST_TEMPLATES, SuperConv2d, SuperLinear
+from .nn.superweight import SuperConv2d, SuperLinear
 
 Layer = nn.Conv2d | nn.Linear
 Shape = tuple[int, int, int, int]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spin_kernels.nn import Slab, SuperConv2d, SuperLinear, SuperWeightBank
-from spin_kernels.nn.superweight import tile
+from spin_kernels import Sharing
+from spin_kernels.nn import SharedMixer, Slab, SuperConv2d, SuperLinear, SuperWeightBank
+from spin_kernels.nn.bank import tile
 
 BANKS: dict[str, dict[str, Any]] = {
     "plain": {}, "rotations": {"rotations": 4}, "embedding": {"embedding": 6}, "both": {"rotations": 2, "embedding": 5},
@@ -222,6 +223,60 @@ def test_shared_coefficients_and_nested_widths() -> None:
     narrow = SuperConv2d(4, 5, 3, bank=bank, cluster="c", block=(8, 6), coefficients="same")
     assert len(bank.coefficients.values) == 3
     torch.testing.assert_close(narrow.weight, wide.weight[:5, :4])
+
+
+class Mixers(nn.Module):
+    """Two mixers whose matrices come from one bank, and a layer beside them."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.bank = SuperWeightBank({"c": 3 * 64}, **options)
+        plan = {"sharing": Sharing(4, 2), "bank": self.bank, "cluster": "c", **options}
+        self.mixers = nn.Sequential(*(SharedMixer(8, 4, 3, **plan, transform=t) for t in (None, "channel")))
+        self.last = SuperConv2d(8, 8, 1, bank=self.bank, cluster="c")
+        self.bank.attach(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.mixers(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mixers_from_a_bank(training: bool) -> None:
+    net, x = Mixers(dtype=torch.float64).train(training), torch.randn(2, 8, 6, 5, dtype=torch.float64)
+    plain = nn.Sequential(*(SharedMixer(8, 4, 3, Sharing(4, 2), transform=t) for t in (None, "channel"))).double()
+    plain.train(training)
+    for mixer, source in zip(plain, net.mixers, strict=True):
+        mixer.load_state_dict(source.state_dict(), strict=False)
+        assert source.pw_weight is None
+    matrices = [expected_weight(net.bank, number).view(2, 8, 8) for number in (0, 1)]
+    expected = torch.func.functional_call(plain, {f"{n}.pw_weight": m for n, m in enumerate(matrices)}, (x,))
+    expected = F.conv2d(expected, expected_weight(net.bank, 2), net.last.bias)
+    y = net(x)
+    torch.testing.assert_close(y, expected)
+    parameters, factor = list(net.bank.parameters()), torch.randn_like(y)
+    grads, wanted = (torch.autograd.grad((result * factor).sum(), parameters) for result in (y, expected))
+    for actual, right in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(actual, right)
+
+
+def test_frozen_mixers_from_a_bank() -> None:
+    net, x = Mixers().eval(), torch.randn(2, 8, 6, 5)
+    y = net(x)
+    for module in (*net.mixers, net.bank):
+        module.freeze()
+    with torch.no_grad():
+        net.bank.templates.zero_()
+        torch.testing.assert_close(net(x), y)
+    net.train().eval()
+    assert not torch.allclose(net(x), y)
+
+
+@pytest.mark.parametrize("options", [{"cluster": "c"}, {"bank": True}, {"bank": True, "cluster": "c", "templates": 2}])
+def test_mixers_need_bank_and_cluster(options: dict[str, Any]) -> None:
+    if "bank" in options:
+        options = options | {"bank": SuperWeightBank({"c": 100})}
+    with pytest.raises(ValueError, match=r"^bank, cluster"):
+        SharedMixer(8, 2, 3, **options)
 
 
 BAD: dict[str, tuple[Callable[[SuperWeightBank], Any], type[Exception], str]] = {

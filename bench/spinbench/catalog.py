@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from spinbench.compositions import Composition
+
 INFERENCE, TRAINING = ("spin frozen", "spin"), ("spin", "spin checkpoint")
 CAPTURED = "spin graphs"  # frozen, or a training step, as one CUDA graph
 OURS = (*INFERENCE, *TRAINING[1:], CAPTURED)
@@ -13,6 +15,7 @@ PEERS = {  # the name --peers takes -> its variants
     "openvino": ("openvino",),
     "onnxruntime": ("onnxruntime",),
 }
+COMPOSING_PEERS = {"product": ("product",), "broadcast": ("broadcast sum",), "eager": ("eager",)}
 TRAINING_PEERS = ("eager", "compile", "autotune", "graphs")
 DEVICE_PEERS = {
     "cpu": ("eager", "compile", "openvino", "onnxruntime"),
@@ -22,17 +25,28 @@ DEVICE_PEERS = {
 
 def peers_of(suite: str, device: str) -> tuple[str, ...]:
     """The names that --peers takes."""
+    if suite == "compose":
+        return tuple(COMPOSING_PEERS)
     return tuple(peer for peer in DEVICE_PEERS[device] if suite != "train" or peer in TRAINING_PEERS)
 
 
 def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
     """The providers of a run: ours, then all variants of the peers (None: all; eager for blocks)."""
+    if suite == "compose":
+        return ["spin", *(variant for peer in peers or COMPOSING_PEERS for variant in COMPOSING_PEERS[peer])]
     ours = TRAINING if suite == "train" else INFERENCE
     if device == "cuda":
         ours += (CAPTURED,)
     if peers is None:
         peers = list(peers_of(suite, device)) if suite in ("networks", "train") else ["eager"]
     return [*ours, *(variant for peer in peers for variant in PEERS[peer])]
+
+
+def takes_part(provider: str, network: object) -> bool:
+    """Eager PyTorch makes no weights, and of plain PyTorch only it takes a step of a whole network."""
+    if not isinstance(network, Composition):
+        return True
+    return provider == "spin" or (provider == "eager") == (network.what == "step")
 
 
 def unsupported(provider: str, dtype: str) -> str | None:

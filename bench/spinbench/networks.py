@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from spinbench.compositions import COMPOSITIONS, STEP_BATCH, Composition
+
 # Of polynomials of the usual accuracy: about 7 multiply-adds and a blend for GELU; one maximum for ReLU.
 ACTIVATION_FLOPS = {"gelu": 16, "gelu_tanh": 16, "silu": 16, "relu": 1, "identity": 0}
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
@@ -78,7 +80,7 @@ def floor_ms(flops: int, bytes: int, dtype: str, peaks: dict[str, float]) -> flo
 
 @dataclass(frozen=True)
 class Case:
-    network: Network
+    network: Network | Composition
     batch: int
     dtype: str
     training: bool = False  # a step, bfloat16 by autocast, instead of a forward pass
@@ -119,14 +121,16 @@ SHARING = tuple(
 TRAIN = (NETWORKS[0], NETWORKS[2])
 LARGE = (*NETWORKS[:2], Network("convmixer_1536_20_k9_p7", 1536, 20, 9, 224, 7))  # for GPUs
 SUITES = {
-    "cpu": {"networks": NETWORKS, "blocks": BLOCKS, "sharing": SHARING, "train": TRAIN},
+    "cpu": {"networks": NETWORKS, "blocks": BLOCKS, "sharing": SHARING, "train": TRAIN, "compose": COMPOSITIONS},
     "cuda": {"networks": LARGE, "blocks": BLOCKS, "sharing": SHARING, "train": LARGE},
 }
 TRAIN_BATCH = {TRAIN[0].name: 4, TRAIN[1].name: 32}
 
 
-def batches_of(suite: str, network: Network, device: str) -> list[int]:
+def batches_of(suite: str, network: Network | Composition, device: str) -> list[int]:
     """Where none are asked for; on a GPU those that fill it come first, for a run that is cut short."""
+    if isinstance(network, Composition):
+        return [STEP_BATCH if network.what == "step" else 1]
     if device == "cuda":
         return {"networks": [64, 1, 256, 16], "train": [32, 128]}.get(suite, [64])
     return {"networks": [1, 8], "train": [TRAIN_BATCH.get(network.name, 1)]}.get(suite, [1])

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from spinbench.catalog import OURS
+from spinbench.compositions import shares
 from spinbench.machine import Ceilings
 from spinbench.networks import floor_ms
 from spinbench.timing import DISTURBED
@@ -70,6 +71,8 @@ def show(console: Console, rows: list[dict], failures: list[dict], ceilings: Cei
             console.print("fwd, bwd: floor of either pass; MB held between them, and at the peak of a step")
         console.print("machine at: multiply-adds in registers during the same bursts / the best of the run")
     console.print(describe(ceilings), highlight=False)
+    for line in shares(rows):
+        console.print(line, highlight=False)
     for dtype, mean, count in geometric_means(rows):
         console.print(
             f"{dtype}: best peer / best of ours, geometric mean of {count} cases: {mean:.2f}", highlight=False

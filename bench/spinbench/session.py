@@ -93,7 +93,8 @@ class Session:
     def run_case(self, case: Case, method: timing.Method, tell: Callable[[str, float], None]) -> None:
         tell("preparing", 0.1)
         absent = {worker.name: catalog.unsupported(worker.name, case.dtype) for worker in self.workers}
-        workers = [worker for worker in self.workers if absent[worker.name] is None]
+        part = [worker for worker in self.workers if catalog.takes_part(worker.name, case.network)]
+        workers = [worker for worker in part if absent[worker.name] is None]
         results, failures = timing.prepare(workers, case, COMPILE_SECONDS if case.training else timing.PREPARE_SECONDS)
         paces: list[float] = []
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 
+from spinbench.compositions import Composition
 from spinbench.networks import Case, Network
 
 START_SECONDS = 60
@@ -161,9 +162,15 @@ class WorkerState:
         workers to load."""
         import torch
 
+        torch.set_num_threads(self.threads)
+        if isinstance(network, Composition):
+            from spinbench import composing
+
+            found = {"reference": composing.reference(network, batch, seed), "seed": seed}
+            torch.save(found, self.folder / f"{network.name}.pt")
+            return
         from spinbench import plain
 
-        torch.set_num_threads(self.threads)
         x = plain.make_input(network, batch, seed)
         model = plain.make_plain(network, x[:CHECKED_IMAGES], seed)
         state = model.state_dict()  # keeps the float32 tensors: double() below puts new ones in the model
@@ -191,6 +198,12 @@ class WorkerState:
         torch.set_grad_enabled(case.training)
         torch.compiler.reset()
         data = torch.load(self.folder / f"{case.network.name}.pt")
+        if isinstance(case.network, Composition):
+            from spinbench import composing
+
+            torch.set_grad_enabled(True)
+            self.run, output, figures = composing.prepare(self.name, case, data["seed"])
+            return errors_of(output, data["reference"]) | figures
         x = data["x"][: case.batch].to(self.device)
         reference = data["reference"] if case.training else data["reference"][: case.batch]
         model = plain.load_plain(case.network, data["state"])
@@ -208,18 +221,10 @@ class WorkerState:
             output = torch.as_tensor(run()).clone()
         if not case.training:
             output = output[: len(reference)]
-        if output.dtype != torch.float32 or output.shape != reference.shape:
-            raise RuntimeError(f"its output is {output.dtype} {tuple(output.shape)}")
-        difference = output.double().cpu() - reference
-        if not difference.isfinite().all():
-            raise RuntimeError("its output is not finite")
+        errors = errors_of(output, reference)
         self.run = run
         self.release()
-        return {
-            "error": float(difference.norm() / reference.norm()),
-            "max_error": float(difference.abs().max()),
-            **memory,
-        }
+        return errors | memory
 
     def burst(self, most_calls: int, least_calls: int, seconds: float) -> list[float]:
         """Seconds of each call: at most `most_calls`, about `seconds` in all, at least `least_calls`."""
@@ -254,6 +259,18 @@ class WorkerState:
             import torch
 
             torch.cuda.empty_cache()
+
+
+def errors_of(output, reference) -> dict[str, float]:
+    """Relative L2 and largest error of a float32 result against the float64 one."""
+    import torch
+
+    if output.dtype != torch.float32 or output.shape != reference.shape:
+        raise RuntimeError(f"its output is {output.dtype} {tuple(output.shape)}")
+    difference = output.double().cpu() - reference
+    if not difference.isfinite().all():
+        raise RuntimeError("its output is not finite")
+    return {"error": float(difference.norm() / reference.norm()), "max_error": float(difference.abs().max())}
 
 
 def cuda_peaks(seconds: float) -> dict[str, float]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import functional
 from ..sharing import Sharing, check_plan
 from .mixer import SharedMixer
 
@@ -63,6 +64,8 @@ class FusedMixer(SharedMixer):
             )
         if options.get("templates") is not None:
             raise ValueError("templates: expected None, got a number; fused weights are not combinations of templates")
+        if options.get("bank") is not None:
+            raise ValueError("bank: expected None, got a bank; fused weights are combinations of the blocks' own")
         super().__init__(dim, depth, kernel_size, Sharing(depth, 1), **options)
         self.sharing, self.reduction, self.groups = sharing, reduction, groups
         self.pw_index = tuple(sharing.index)
@@ -72,19 +75,36 @@ class FusedMixer(SharedMixer):
 
     def distinct_weights(self) -> tuple[Tensor, Tensor | None]:
         """The pointwise weights (S, C, C) and biases (S, C) as they are fused now, with gradients."""
-        dtype = self.pw_weight.dtype
-        wide = torch.promote_types(dtype, torch.float32)  # sums are rounded once
-        weights = list(self.pw_weight.to(wide))
-        if self.pw_reduction is not None:
-            weights = [c[:, None] * weight for c, weight in zip(self.pw_reduction, weights, strict=True)]
-        biases = None if self.pw_bias is None else self._each_group(list(self.pw_bias.to(wide))).to(dtype)
-        return self._each_group(weights).to(dtype), biases
-
-    def _each_group(self, layers: list[Tensor]) -> Tensor:
-        groups = [[layers[d] for d in group] for group in self.members()]
+        groups, c = self.members(), self.dim
         if self.reduction == "choose_first":
-            return torch.stack([group[0] for group in groups])
-        return torch.stack([reduce(torch.add, group) / len(group) for group in groups])
+            first = [group[0] for group in groups]
+            return self.pw_weight[first], None if self.pw_bias is None else self.pw_bias[first]
+        dtype, reduction = self.pw_weight.dtype, self.pw_reduction
+        weights, factors = (
+            self.pw_weight,
+            self.pw_affine.new_tensor([1 / len(group) for group in groups for _ in group]),
+        )
+        if self.reduction == "channel_weighted_mean":  # a factor per row, of which a composition knows none
+            weights = reduction[:, :, None] * weights
+        elif reduction is not None:
+            factors = factors * reduction[[d for group in groups for d in group], 0]
+        if any(len({b - a for a, b in pairwise(group)}) > 1 for group in groups):  # a random plan
+            weights = weights[[d for group in groups for d in group]]
+            ends = list(accumulate(map(len, groups)))
+            groups = [list(range(end - len(group), end)) for group, end in zip(groups, ends, strict=True)]
+        pieces, first = [], 0
+        for s, group in enumerate(groups):
+            step = group[1] - group[0] if len(group) > 1 else 0
+            pieces += [0, group[0] * c * c, step * c * c, len(group), first, s * c, 0, c, c, c]
+            first += len(group)
+        (fused,) = functional.compose_superweights(weights.flatten(), factors, pieces, (len(groups) * c, c, 1, 1))
+        return fused.view(-1, c, c).to(dtype), self._mean_biases()
+
+    def _mean_biases(self) -> Tensor | None:
+        if self.pw_bias is None:
+            return None
+        wide = self.pw_bias.to(self.pw_affine.dtype)  # sums are rounded once
+        return torch.stack([wide[group].mean(0) for group in self.members()]).to(self.pw_bias.dtype)
 
     def reset_parameters(self) -> None:
         """As a SharedMixer that shares nothing; reduction weights become 1."""

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from .. import dispatch
 from ..reference import ACTIVATIONS, compose_matrices, output_format
 from ..sharing import Sharing, check_plan
+from .bank import FromBank, SuperWeightBank
 from .base import Float32State, Freezable, fold_batch_norm
 
 
-class SharedMixer(Float32State, Freezable):
+class SharedMixer(FromBank, Float32State, Freezable):
     """``depth`` ConvMixer blocks over (B, C, H, W) feature maps, run by one operator.
 
     A block is a depthwise convolution with a residual around it and a pointwise convolution, each followed by
@@ -38,6 +39,8 @@ class SharedMixer(Float32State, Freezable):
         checkpoint: keeps one tensor per block for the backward pass instead of two, which convolves once more.
         dw_sharing: the plan of the depthwise filters and their biases; None shares none. S_dw is its number of
             distinct filters, D without one.
+        bank: a :class:`SuperWeightBank` that the matrices come from instead of pw_weight, which is None then.
+        cluster: the cluster of the bank that holds their templates, (C, C) each.
 
     Parameters: dw_weight (S_dw, C, k, k), dw_bias (S_dw, C), dw_affine (D, 2, C), pw_weight (S, C, C) or (T, C, C)
     as [out, in], pw_bias (S, C), pw_affine (D, 2, C), pw_coefficients (S, T), pw_gain (D, 1) or (D, C). An
@@ -67,6 +70,8 @@ class SharedMixer(Float32State, Freezable):
         momentum: float | None = 0.1,
         checkpoint: bool = False,
         dw_sharing: Sharing | None = None,
+        bank: SuperWeightBank | None = None,
+        cluster: str | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -83,6 +88,8 @@ class SharedMixer(Float32State, Freezable):
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         if transform not in (None, "scalar", "channel"):
             raise ValueError(f"transform: expected None, 'scalar' or 'channel', got {transform!r}")
+        if (bank is None) != (cluster is None) or (bank is not None and templates is not None):
+            raise ValueError("bank, cluster: expected both without templates, or none; a bank has templates of its own")
         self.sharing = check_plan("sharing", sharing, depth)
         self.dw_sharing = check_plan("dw_sharing", dw_sharing, depth)
         self.dim, self.depth, self.kernel_size = dim, depth, kernel_size
@@ -99,7 +106,7 @@ class SharedMixer(Float32State, Freezable):
             ("dw_weight", (filters, dim, kernel_size, kernel_size), weights),
             ("dw_bias", (filters, dim) if bias else None, weights),
             ("dw_affine", (depth, 2, dim), state),
-            ("pw_weight", (templates or shared, dim, dim), weights),
+            ("pw_weight", (templates or shared, dim, dim) if bank is None else None, weights),
             ("pw_bias", (shared, dim) if bias else None, weights),
             ("pw_affine", (depth, 2, dim), state),
             ("pw_coefficients", (shared, templates) if templates else None, state),
@@ -110,6 +117,8 @@ class SharedMixer(Float32State, Freezable):
         self.register_buffer("dw_running", torch.empty(depth, 2, dim, **state))
         self.register_buffer("pw_running", torch.empty(depth, 2, dim, **state))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
+        if bank is not None:
+            self._join(bank, *bank.add_matrices(shared, dim, cluster))
         self._drop_packed_on_load()
         self.reset_parameters()
 
@@ -162,7 +171,13 @@ class SharedMixer(Float32State, Freezable):
 
     def distinct_weights(self) -> tuple[Tensor, Tensor | None]:
         """The pointwise weights (S, C, C), composed where there are templates, and biases (S, C), with gradients."""
-        return compose_matrices(self.pw_weight, self.pw_coefficients), self.pw_bias
+        return compose_matrices(self._matrices(), self.pw_coefficients), self.pw_bias
+
+    def _matrices(self) -> Tensor:
+        """(S, C, C), or the templates (T, C, C) that they are composed from in the operator."""
+        if self.bank is None:
+            return self.pw_weight
+        return self.bank.weight(self.bank_layers[0]).view(-1, self.dim, self.dim)
 
     def _op_arguments(self) -> dict[str, Any]:
         """The operator's arguments in the order of spin::_pack_mixer; in eval mode BatchNorm is folded in."""
@@ -170,7 +185,7 @@ class SharedMixer(Float32State, Freezable):
             "dw_weight": self.dw_weight,
             "dw_bias": self.dw_bias,
             "dw_affine": self.dw_affine,
-            "pw_weight": self.pw_weight,
+            "pw_weight": self._matrices(),
             "pw_bias": self.pw_bias,
             "pw_affine": self.pw_affine,
             "pw_coefficients": self.pw_coefficients,
@@ -210,7 +225,7 @@ class SharedMixer(Float32State, Freezable):
 
     def _has_packed_form(self, arguments: dict[str, Any]) -> bool:
         """Whether calls with these arguments would take the C++ kernels, which can read packed weights."""
-        x = self.pw_weight.new_empty((1, self.dim, 1, 1))
+        x = arguments["pw_weight"].new_empty((1, self.dim, 1, 1))
         return dispatch.choose("mixer", (x, *arguments.values(), None)).backend == "cpu"
 
     def _pack(self) -> Tensor | dict[str, Any]:

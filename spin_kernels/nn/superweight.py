@@ -10,54 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-from .bank import FromBank, Slab, SuperWeightBank
-
-MOST_TEMPLATES = 8  # that a layer combines unless it asks for more, as in the published code
-
-
-def tile(
-    shape: tuple[int, int, int, int],
-    bank: SuperWeightBank,
-    cluster: str,
-    templates: int | None = None,
-    block: tuple[int, int] | None = None,
-    start: int = 0,
-    coefficients: str | None = None,
-) -> list[Slab]:
-    """Slabs of a layer (out, in, kh, kw) from the templates (o, i, kh, kw) of one cluster.
-
-    Args:
-        templates: how many templates the layer combines; None is as many as follow ``start``, at most 8.
-        block: (o, i) of the templates; None is the layer's own. A larger layer is tiled by them (the last tiles may be
-            partial), each tile with coefficients of its own; a narrower one takes their corner.
-        start: where the first template begins within the cluster.
-        coefficients: names the vectors, which layers share by their name; None gives the layer vectors of its own.
-
-    Raises:
-        ValueError: the cluster is unknown or has no room for the templates.
-    """
-    if cluster not in bank.sizes:
-        raise ValueError(f"cluster: expected one of {', '.join(bank.sizes)}, got {cluster!r}")
-    out, into, kh, kw = shape
-    o, i = (out, into) if block is None else block
-    if min(o, i) < 1 or start < 0:
-        raise ValueError(f"block, start: expected positive sizes and a start of at least 0, got {block} and {start}")
-    size, room = o * i * kh * kw, bank.sizes[cluster] - start
-    if templates is None:
-        templates = min(room // size, MOST_TEMPLATES)
-    if templates < 1 or templates * size > room:
-        raise ValueError(
-            f"cluster: expected room for {max(1, templates)} templates of {size} values, got {max(0, room)} values in "
-            f"{cluster!r}; give it more, or a smaller block=(o, i)"
-        )
-    name = coefficients if coefficients is not None else f"layer{len(bank._layers)}"
-    slabs = []
-    for a in range(0, out, o):
-        for b in range(0, into, i):
-            vector = name if out <= o and into <= i else f"{name}.{len(slabs)}"
-            corner = (min(o, out - a), min(i, into - b), i, a, b)
-            slabs.append(Slab(cluster, templates, start, size, *corner, vector))
-    return slabs
+from .bank import FromBank, Slab, SuperWeightBank, tile
 
 
 class _SuperLayer(FromBank, nn.Module):

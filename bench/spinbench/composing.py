@@ -1,0 +1,194 @@
+"""Ours and plain PyTorch, making the weights of a network from a bank. Imports torch and spin_kernels.
+
+The peers do what users write: one product (or one broadcast sum) of coefficients and templates for each cluster of the
+bank, then every layer's part of the tiles; a layer that is one tile takes it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spin_kernels as spin
+from spinbench.compositions import NETWORK, SIDE, Composition
+from spinbench.networks import Case
+
+Weights = list[Tensor]
+
+
+def network_of(composition: Composition, seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return spin.models.create(NETWORK, weights=spin.SuperWeights(composition.percent / 100))
+
+
+def reference(composition: Composition, batch: int, seed: int) -> Tensor:
+    """In float64: all weights, the gradients of bank and coefficients, or that of the last BatchNorm's scale."""
+    network = network_of(composition, seed).double()
+    if composition.what == "step":
+        return gradient_of_step(network, *images(batch, torch.float64))
+    if composition.what == "forward":
+        with torch.no_grad():
+            return flat(network.bank.compose())
+    leaves, weights = list(network.bank.parameters()), network.bank.compose()
+    grads = torch.autograd.grad(weights, leaves, gradients(weights, torch.float64))
+    return flat(grads)
+
+
+def prepare(provider: str, case: Case, seed: int) -> tuple[Callable[[], Any], Tensor, dict[str, float]]:
+    """The call that is timed, its result as one float32 tensor, and figures of the provider."""
+    composition, dtype = case.network, getattr(torch, case.dtype)
+    network = network_of(composition, seed)
+    if composition.what == "step":
+        if provider != "spin":
+            network = unshared(network)
+        x, classes = images(case.batch, torch.float32)
+
+        def step() -> Tensor:
+            return gradient_of_step(network, x, classes)
+
+        return step, step(), {"between_mb": held_weights(network, x) / 1e6}
+    bank = network.bank.to(dtype)
+    make = bank.compose if provider == "spin" else PEERS[provider](bank)
+    if composition.what == "forward":
+
+        def forward() -> Any:
+            with torch.no_grad():
+                return make()
+
+        return forward, flat(forward()).float(), {}
+    leaves, weights = [bank.templates, bank.coefficients.values], make()
+    grads = gradients(weights, dtype)
+
+    def backward() -> Any:
+        return torch.autograd.grad(weights, leaves, grads, retain_graph=True)
+
+    return backward, flat(backward()).float(), {}
+
+
+def flat(tensors: Any) -> Tensor:
+    return torch.cat([t.detach().flatten() for t in tensors])
+
+
+def gradients(weights: Weights, dtype: torch.dtype) -> Weights:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(w.shape, generator=generator).to(dtype) for w in weights]
+
+
+# --- plain PyTorch
+
+
+def product(coefficients: Tensor, templates: Tensor) -> Tensor:
+    return coefficients @ templates
+
+
+def broadcast_sum(coefficients: Tensor, templates: Tensor) -> Tensor:
+    return (coefficients[:, :, None] * templates).sum(1)
+
+
+def plain(bank: spin.nn.SuperWeightBank, combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Weights]:
+    windows: dict[str, tuple[int, int, int, int]] = {}  # of each cluster: templates, their size, rows and columns
+    vectors: dict[str, list[str]] = {name: [] for name in bank.sizes}
+    for (cluster, name), _ in bank.coefficients.lengths.items():
+        vectors[cluster].append(name)
+    for shape, slabs in bank._layers:
+        for slab in slabs:
+            if slab.coefficients is not None:
+                taps = shape[2] * shape[3]
+                rows = slab.stride // (slab.row * taps)
+                windows[slab.cluster] = (slab.templates, slab.stride, rows, slab.row)
+    starts = {
+        cluster: [bank.coefficients.start((cluster, name)) for name in names] for cluster, names in vectors.items()
+    }
+    index = {
+        cluster: torch.tensor([[first + k for k in range(windows[cluster][0])] for first in firsts])
+        for cluster, firsts in starts.items()
+        if firsts
+    }
+
+    def make() -> Weights:
+        tiles = {}
+        for cluster, (count, size, *_) in windows.items():
+            coefficients = bank.coefficients.values[index[cluster]].to(bank.templates.dtype)
+            templates = bank.templates[bank._cluster(cluster)][: count * size].view(count, size)
+            tiles[cluster] = combine(coefficients, templates)
+        return [layer(shape, slabs, tiles) for shape, slabs in bank._layers]
+
+    def layer(shape: tuple[int, ...], slabs: tuple[spin.nn.Slab, ...], tiles: dict[str, Tensor]) -> Tensor:
+        taps, weight = shape[2] * shape[3], None
+        for slab in slabs:
+            if slab.coefficients is None:
+                first = bank._cluster(slab.cluster).start + slab.start
+                values = bank.templates[first : first + slab.out * slab.in_channels * taps]
+                part = values.view(slab.out, slab.in_channels, *shape[2:])
+            else:
+                number = vectors[slab.cluster].index(slab.coefficients)
+                _, _, rows, row = windows[slab.cluster]
+                tile = tiles[slab.cluster][number].view(rows, row, *shape[2:])
+                a, b = divmod(slab.start // taps, row)
+                part = tile[a : a + slab.out, b : b + slab.in_channels]
+            if part.shape == shape:
+                return part
+            if weight is None:
+                weight = part.new_empty(shape)
+            columns = slice(slab.in_offset, slab.in_offset + slab.in_channels)
+            weight[slab.out_offset : slab.out_offset + slab.out, columns] = part
+        return weight
+
+    return make
+
+
+PEERS: dict[str, Callable[[spin.nn.SuperWeightBank], Callable[[], Weights]]] = {
+    "product": lambda bank: plain(bank, product),
+    "broadcast sum": lambda bank: plain(bank, broadcast_sum),
+}
+
+
+# --- a training step
+
+
+def images(batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Smooth colours with noise, and classes."""
+    generator = torch.Generator().manual_seed(2)
+    rough = torch.randn(batch, 3, 4, 4, generator=generator)
+    noise = torch.randn(batch, 3, SIDE, SIDE, generator=generator)
+    x = F.interpolate(rough, (SIDE, SIDE), mode="bilinear") + 0.3 * noise
+    return x.to(dtype), torch.arange(batch) % 10
+
+
+@torch.no_grad()
+def unshared(network: nn.Module) -> nn.Module:
+    """The same network with convolutions of their own, of the same weights."""
+    plain = spin.models.create(NETWORK)
+    modules = dict(network.named_modules())
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.copy_(modules[name].weight)
+        elif isinstance(module, nn.BatchNorm2d | nn.Linear):
+            module.load_state_dict(modules[name].state_dict())
+    return plain
+
+
+def gradient_of_step(network: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
+    for parameter in network.parameters():
+        parameter.grad = None
+    F.cross_entropy(network(x), classes).backward()
+    return network.bn.weight.grad
+
+
+def held_weights(network: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps between the passes, without parameters and what has an image's dimension."""
+    own = {t.untyped_storage().data_ptr() for t in (*network.parameters(), *network.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.dim() > 0 and len(t) != len(x) and t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        network(x)
+    return sum(kept.values())
