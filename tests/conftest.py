@@ -47,6 +47,9 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("SPIN_BACKEND", "triton")
     if not torch.cuda.is_available():
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        # There a program takes some ten milliseconds, however much it does.
+        monkeypatch.setattr("triton_ops.compose.COMPOSE_BLOCK", 1024)
+        monkeypatch.setattr("triton_ops.repeat.REPEAT_BLOCK", 1024)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(2).isnan().all()

@@ -30,16 +30,9 @@ pytestmark = pytest.mark.usefixtures("on_triton")
 only_cpu_cases = pytest.mark.skipif(ON_GPU, reason="the cases are CPU tensors")
 
 
-@pytest.fixture(autouse=True)
-def large_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the interpreter a program takes some ten milliseconds, however much it does."""
-    if not ON_GPU:
-        monkeypatch.setattr(compose, "COMPOSE_BLOCK", 1024)
-        monkeypatch.setattr(repeat, "REPEAT_BLOCK", 1024)
-
-
 @pytest.fixture
-def own_tiles(large_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_tiles(on_triton: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the interpreter, where the others take larger ones."""
     monkeypatch.setattr(compose, "COMPOSE_BLOCK", configs.COMPOSE_BLOCK)
     monkeypatch.setattr(repeat, "REPEAT_BLOCK", configs.REPEAT_BLOCK)
 

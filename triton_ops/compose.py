@@ -11,7 +11,7 @@ Cost: bank and result, backward both and the bank's gradient, pass through memor
 element of the result forward, two backward. One warp per program: a user's products are a sum over lanes, no barrier.
 Numerics: float32 in a tile, rounded once; products of tiles are added in float64. No atomics: every run has the same
 bits. The plan is in pinned memory and copied by every call (a few kilobytes: programs find their cells by search): one
-kept on the device would hold memory of a CUDA graph's pool, or be dropped before a graph that reads it.
+kept on the device would hold memory of the pool of a CUDA graph that is being made.
 
 Rejected: templates from L1 for every user (as many loads as multiply-adds, and a sum over lanes for every product);
 tiles of rows x columns (a row of 3 x 3 kernels fills half of one).
@@ -171,9 +171,15 @@ def plan_of(pieces: tuple[int, ...], shapes: tuple[int, ...], block: int, pinned
     )  # fmt: skip
 
 
+_captured: dict[int, Plan] = {}  # CUDA graphs copy from these whenever they are replayed
+
+
 def planned(bank: Tensor, pieces: Sequence[int], shapes: Sequence[int]) -> tuple[Plan, list[Tensor], dict[str, int]]:
     """The plan, its tables on the bank's device and the kernels' options."""
-    plan = plan_of(tuple(pieces), tuple(shapes), COMPOSE_BLOCK, bank.device.type == "cuda")
+    on_gpu = bank.device.type == "cuda"
+    plan = plan_of(tuple(pieces), tuple(shapes), COMPOSE_BLOCK, on_gpu)
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        _captured[id(plan)] = plan
     held = templates_held(max(pieces[3::10], default=1))
     options = {"TEMPLATES": held, "BLOCK": COMPOSE_BLOCK, "num_warps": 1}
     return plan, list(plan.table.to(bank.device, non_blocking=True).split(plan.sizes)), options
