@@ -80,10 +80,8 @@ class FusedMixer(SharedMixer):
             first = [group[0] for group in groups]
             return self.pw_weight[first], None if self.pw_bias is None else self.pw_bias[first]
         dtype, reduction = self.pw_weight.dtype, self.pw_reduction
-        weights, factors = (
-            self.pw_weight,
-            self.pw_affine.new_tensor([1 / len(group) for group in groups for _ in group]),
-        )
+        weights = self.pw_weight
+        factors = self.pw_affine.new_tensor([1 / len(group) for group in groups for _ in group])
         if self.reduction == "channel_weighted_mean":  # a factor per row, of which a composition knows none
             weights = reduction[:, :, None] * weights
         elif reduction is not None:
