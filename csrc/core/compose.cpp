@@ -110,7 +110,7 @@ void Composition::cut(Window& w, const std::vector<Part>& parts) {
   if (touch) w.cells[0].run *= w.rows, w.cells[0].rows = 1;
 }
 
-std::vector<Composition::Tile> Composition::tiles() const {
+std::vector<Composition::Tile> Composition::tiles(bool backward) const {
   std::vector<Tile> tiles;
   int64_t products = 0;
   for (const Window& w : windows_) {
@@ -118,9 +118,10 @@ std::vector<Composition::Tile> Composition::tiles() const {
     for (const Cell& cell : w.cells) {
       const int64_t columns = round_up(ceil_div(cell.run, ceil_div(cell.run, most)), 64),
                     rows = std::max<int64_t>(1, most / cell.run);
+      const int64_t first = columns - (backward && w.few_users(cell) ? cell.base % 16 : 0);
       for (int64_t row = 0; row < cell.rows; row += rows) {
-        for (int64_t column = 0; column < cell.run; column += columns) {
-          const int64_t height = std::min(rows, cell.rows - row), width = std::min(columns, cell.run - column);
+        for (int64_t column = 0, next = first; column < cell.run; column = next, next += columns) {
+          const int64_t height = std::min(rows, cell.rows - row), width = std::min(next, cell.run) - column;
           tiles.push_back({&w, &cell, row, height, column, width, products});
           products += tiles.back().sums();
         }
@@ -155,7 +156,7 @@ std::vector<char*> Composition::in(char* flat, DType type) const {
 
 void Composition::run(const Kernels& kernels, DType type, const char* bank, const float* coefficients,
                       const std::vector<char*>& weights, const Parallel& parallel) const {
-  const std::vector<Tile> all = tiles();
+  const std::vector<Tile> all = tiles(false);
   const int threads = useful_threads(4.0 * numel(), parallel);
   Team team(threads, 1);
   parallel.run(threads, [&](int thread) {
@@ -171,7 +172,7 @@ void Composition::run(const Kernels& kernels, DType type, const char* bank, cons
 void Composition::backward(const Kernels& kernels, DType type, const std::vector<char*>& gradients, const char* bank,
                            const float* coefficients, float* bank_gradient, int64_t bank_elements,
                            float* coefficient_gradient, int64_t coefficient_elements, const Parallel& parallel) const {
-  const std::vector<Tile> all = tiles();
+  const std::vector<Tile> all = tiles(true);
   // What the first phase writes whole needs no zeros before it.
   auto written = [](const Window& w) { return w.phase == 0 && w.whole; };
   std::vector<std::pair<int64_t, int64_t>> zeros;  // begin, count
@@ -219,7 +220,7 @@ void Composition::backward(const Kernels& kernels, DType type, const std::vector
           ComposeTile tile = open(all[i], type, bank, coefficients, gradients, users);
           tile.bank_gradient = bank_gradient + all[i].offset();
           tile.first = written(*all[i].window);
-          tile.stream = bank_elements * 4 > kStreamBytes;
+          tile.stream = bank_elements * 4 > kStreamBytes && all[i].window->few_users(*all[i].cell);
           tile.sums = reinterpret_cast<float*>(sums.data()), tile.products = products + all[i].products;
           kernels.compose_gradient(tile);
         }

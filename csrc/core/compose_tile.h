@@ -14,6 +14,7 @@ namespace spin {
 template <class V, DType kType>
 struct Compose : WeightTile<V, kType> {
   using Base = WeightTile<V, kType>;
+  using Floats = WeightTile<V, DType::kFloat32>;
   using Base::kLanes, Base::kBytes, Base::kStreams, Base::load, Base::load_part, Base::store_part;
   using typename Base::F, typename Base::Span;
   static constexpr int kVectors = 4;
@@ -136,14 +137,18 @@ struct Compose : WeightTile<V, kType> {
     for (int64_t u = 0; u < t.users_count; u += kStreams) {
       const Span users = Base::span(u, t.users_count);
       for (int64_t r = 0; r < t.rows; ++r) {
+        auto part = [&](int64_t j, int64_t count) {
+          for (int64_t k = 0; k < t.templates; ++k) gradients<1, 1>(t, users, r, j, k, count);
+        };
         int64_t j = 0;
+        if (t.stream) {  // the first template's gradient past the caches, and, with strides of whole lines, the others'
+          j = Floats::before_stream(reinterpret_cast<const char*>(t.bank_gradient + r * t.pitch), t.columns);
+          if (j > 0) part(0, j);
+        }
         for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes) {
           for (int64_t k = 0; k < t.templates; k += kTemplates) some<1>(t, users, r, j, k);
         }
-        for (; j < t.columns; j += kLanes) {
-          const int64_t part = Base::smaller(kLanes, t.columns - j);
-          for (int64_t k = 0; k < t.templates; ++k) gradients<1, 1>(t, users, r, j, k, part);
-        }
+        for (; j < t.columns; j += kLanes) part(j, Base::smaller(kLanes, t.columns - j));
       }
     }
     if (t.stream) V::fence();
