@@ -73,12 +73,20 @@ struct Compose : WeightTile<V, kType> {
     if (t.stream) V::fence();
   }
 
+  // The lines 1 KB ahead: the hardware keeps up with fewer streams than there are (0.75 to 0.9 of the time).
+  static SPIN_INLINE void prefetch(const char* from) {
+    __builtin_prefetch(from + 1024), __builtin_prefetch(from + 1024 + 64);
+  }
+
   // kCount templates from number k, kWide vectors (or a part of one) from column j of row r, `users` from number u:
   // adds the products of gradient and template to the users' sums, and makes the bank's gradient.
   template <int kCount, int kWide>
   static SPIN_INLINE void gradients(const ComposeTile& t, Span users, int64_t r, int64_t j, int64_t k, int64_t part) {
     const int64_t stride = t.stride * kBytes, step = kLanes * kBytes;
     const char* bank = t.bank + k * stride + (r * t.pitch + j) * kBytes;
+    if (kWide > 1 && users.first == 0) {
+      for (int i = 0; i < kCount; ++i) prefetch(bank + i * stride);
+    }
     F sum[kCount][kWide];
 #pragma GCC unroll 8
     for (int i = 0; i < kCount; ++i) {
@@ -88,6 +96,7 @@ struct Compose : WeightTile<V, kType> {
     for (int64_t u = users.first; u < users.last; ++u) {
       const ComposeUser& user = t.users[u];
       const char* gradient = user.data + (r * user.pitch + j) * kBytes;
+      if (kWide > 1 && k == 0) prefetch(gradient);
       float* products = t.sums + (u * t.templates + k) * kLanes;
       F g[kWide];
 #pragma GCC unroll 4
