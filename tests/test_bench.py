@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
+
+import spin_kernels as spin
 
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
-from spinbench import catalog, networks, report, session, timing  # noqa: E402
+from spinbench import catalog, compositions, networks, report, session, timing  # noqa: E402
 from spinbench.machine import Ceilings  # noqa: E402
 from spinbench.worker import Worker, WorkerFailed  # noqa: E402
 
@@ -312,3 +315,50 @@ def test_our_model_has_the_weights_of_the_plain_one():
     with torch.no_grad():
         expected, got = model(image), ours.make_ours(network, model)(image)
     assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
+def small_composition() -> spin.nn.SuperWeightBank:
+    network = spin.models.WideResNet(10, 2, weights=spin.SuperWeights(0.4))
+    return network.bank
+
+
+@pytest.mark.parametrize("provider", ["product", "broadcast sum"])
+def test_peers_compose_the_same_weights_and_gradients(provider):
+    from spinbench import composing
+
+    bank = small_composition()
+    leaves = list(bank.parameters())
+    ours, theirs = bank.compose(), composing.PEERS[provider](bank)()
+    grads = composing.gradients(ours, torch.float32)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+    results = (torch.autograd.grad(weights, leaves, grads) for weights in (ours, theirs))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_bytes_of_compositions():
+    with torch.device("meta"):
+        network = spin.models.create(compositions.NETWORK)
+    weights = sum(p.numel() for p in network.parameters() if p.dim() == 4)
+    assert weights == compositions.WEIGHTS
+    assert sum(p.numel() for p in network.parameters()) - weights == compositions.KEPT
+    case = compositions.Composition(25, "backward")
+    assert case.bytes(1, "float32") == 4 * (
+        weights + 2 * (round(0.25 * (weights + compositions.KEPT)) - compositions.KEPT)
+    )
+
+
+def test_a_step_is_the_same_with_weights_of_its_own():
+    from spinbench import composing
+
+    torch.manual_seed(0)
+    network = spin.models.create(compositions.NETWORK, depth=10, width=1, weights=spin.SuperWeights(0.5))
+    plain = spin.models.create(compositions.NETWORK, depth=10, width=1)
+    composing.copy_weights(network, plain)
+    x, classes = composing.images(4, torch.float32)
+    ours, theirs = (composing.gradient_of_step(net, x, classes).clone() for net in (network, plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    held = composing.held_weights(network, x) - composing.held_weights(plain, x)
+    composed = 4 * sum(w.numel() for w in network.bank.compose())
+    assert held == pytest.approx(composed, rel=0.2)  # what is composed is kept for the convolutions' backward passes

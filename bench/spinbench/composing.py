@@ -44,7 +44,9 @@ def prepare(provider: str, case: Case, seed: int) -> tuple[Callable[[], Any], Te
     network = network_of(composition, seed)
     if composition.what == "step":
         if provider != "spin":
-            network = unshared(network)
+            plain = spin.models.create(NETWORK)
+            copy_weights(network, plain)
+            network = plain
         x, classes = images(case.batch, torch.float32)
 
         def step() -> Tensor:
@@ -89,7 +91,7 @@ def broadcast_sum(coefficients: Tensor, templates: Tensor) -> Tensor:
     return (coefficients[:, :, None] * templates).sum(1)
 
 
-def plain(bank: spin.nn.SuperWeightBank, combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Weights]:
+def by_clusters(bank: spin.nn.SuperWeightBank, combine: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Weights]:
     windows: dict[str, tuple[int, int, int, int]] = {}  # of each cluster: templates, their size, rows and columns
     vectors: dict[str, list[str]] = {name: [] for name in bank.sizes}
     for (cluster, name), _ in bank.coefficients.lengths.items():
@@ -142,8 +144,8 @@ def plain(bank: spin.nn.SuperWeightBank, combine: Callable[[Tensor, Tensor], Ten
 
 
 PEERS: dict[str, Callable[[spin.nn.SuperWeightBank], Callable[[], Weights]]] = {
-    "product": lambda bank: plain(bank, product),
-    "broadcast sum": lambda bank: plain(bank, broadcast_sum),
+    "product": lambda bank: by_clusters(bank, product),
+    "broadcast sum": lambda bank: by_clusters(bank, broadcast_sum),
 }
 
 
@@ -160,16 +162,14 @@ def images(batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def unshared(network: nn.Module) -> nn.Module:
-    """The same network with convolutions of their own, of the same weights."""
-    plain = spin.models.create(NETWORK)
+def copy_weights(network: nn.Module, plain: nn.Module) -> None:
+    """Into the same network with convolutions of its own."""
     modules = dict(network.named_modules())
     for name, module in plain.named_modules():
         if isinstance(module, nn.Conv2d):
             module.weight.copy_(modules[name].weight)
         elif isinstance(module, nn.BatchNorm2d | nn.Linear):
             module.load_state_dict(modules[name].state_dict())
-    return plain
 
 
 def gradient_of_step(network: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
