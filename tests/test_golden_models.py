@@ -1,4 +1,4 @@
-"""Wide ResNets of the SuperWeights authors' code, with the weights that it made, against ours."""
+"""Wide ResNets of the SuperWeights authors' code against ours: with the weights that it made, and from its banks."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import golden
 import pytest
 import torch
 from golden import assert_close
+from test_golden_layers import Networks
 from torch import nn
 
 from spin_kernels import models
@@ -23,8 +24,11 @@ def ours(name: str) -> str:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("case", CASES, ids=[case["name"] for case in CASES])
-def test_wide_resnets(case: dict[str, Any], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("source", ["weights", "banks"])
+def test_wide_resnets(case: dict[str, Any], dtype: torch.dtype, source: str) -> None:
     tensors = golden.load(case)
+    banked = Networks(case, tensors, dtype)
+    layers = iter(banked.layers)
     for number, config in enumerate(case["config"]["networks"]):
         classes = case["config"]["num_classes"]
         options = {"num_classes": classes, "base_channels": config["channels"][0]}
@@ -38,6 +42,10 @@ def test_wide_resnets(case: dict[str, Any], dtype: torch.dtype) -> None:
         counters = {name for name in network.state_dict() if name.endswith("num_batches_tracked")}
         assert state.keys() == network.state_dict().keys() - counters
         network.to(dtype).load_state_dict(state, strict=False)
+        if source == "banks":
+            for name in convolutions:
+                network.set_submodule(name, next(layers))
+            banked.bank.attach(network)
         with torch.no_grad():
             output = network.eval()(tensors["input"].to(dtype))
         assert_close(output, given["eval.output"], case, "outputs", f"{prefix}eval.output")
