@@ -70,7 +70,7 @@ def test_superweight_layers(case: dict[str, Any], dtype: torch.dtype) -> None:
     loss.backward()
     bank = networks.bank
     for name in bank.sizes:
-        assert_close(bank.templates.grad[bank._cluster(name)], tensors[f"grad.{name}"].flatten(), case, "grads", name)
+        assert_close(bank.templates.grad[bank.place(name)], tensors[f"grad.{name}"].flatten(), case, "grads", name)
     for (_, name), at in networks.vectors():
         grad = tensors[f"grad.{name}"].flatten()
         assert_close(bank.coefficients.values.grad[at], grad, case, "grads", name)

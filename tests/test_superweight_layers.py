@@ -44,10 +44,10 @@ every_bank = pytest.mark.parametrize("options", BANKS.values(), ids=BANKS)
 
 def expected_weight(bank: SuperWeightBank, layer: int) -> Tensor:
     """From the definition, slab by slab and template by template."""
-    shape, slabs = bank._layers[layer]
+    shape, slabs = bank.layers[layer]
     weight, coefficients = bank.templates.new_zeros(shape), bank.coefficients()
     for slab in slabs:
-        cluster = bank.templates[bank._cluster(slab.cluster)]
+        cluster = bank.templates[bank.place(slab.cluster)]
         size = ((slab.out - 1) * slab.row + slab.in_channels) * shape[2] * shape[3]
         count = slab.templates * (bank.rotations if shape[2] == shape[3] > 1 else 1)
         c = torch.full((count,), 1 / count, dtype=weight.dtype)

@@ -24,11 +24,11 @@ def network(sides: tuple[int, ...] = (3, 3, 1, 3, 1), width: int = 12) -> nn.Seq
 
 def values_used(bank: SuperWeightBank) -> Tensor:
     used = torch.zeros(len(bank.templates), dtype=torch.bool)
-    for shape, slabs in bank._layers:
+    for shape, slabs in bank.layers:
         taps = shape[2] * shape[3]
         for slab in slabs:
             for k in range(slab.templates):
-                first = bank._cluster(slab.cluster).start + slab.start + k * slab.stride
+                first = bank.place(slab.cluster).start + slab.start + k * slab.stride
                 for o in range(slab.out):
                     used[first + o * slab.row * taps : first + (o * slab.row + slab.in_channels) * taps] = True
     return used

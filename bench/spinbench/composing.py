@@ -96,7 +96,7 @@ def by_clusters(bank: spin.nn.SuperWeightBank, combine: Callable[[Tensor, Tensor
     vectors: dict[str, list[str]] = {name: [] for name in bank.sizes}
     for (cluster, name), _ in bank.coefficients.lengths.items():
         vectors[cluster].append(name)
-    for shape, slabs in bank._layers:
+    for shape, slabs in bank.layers:
         for slab in slabs:
             if slab.coefficients is not None:
                 taps = shape[2] * shape[3]
@@ -115,15 +115,15 @@ def by_clusters(bank: spin.nn.SuperWeightBank, combine: Callable[[Tensor, Tensor
         tiles = {}
         for cluster, (count, size, *_) in windows.items():
             coefficients = bank.coefficients.values[index[cluster]].to(bank.templates.dtype)
-            templates = bank.templates[bank._cluster(cluster)][: count * size].view(count, size)
+            templates = bank.templates[bank.place(cluster)][: count * size].view(count, size)
             tiles[cluster] = combine(coefficients, templates)
-        return [layer(shape, slabs, tiles) for shape, slabs in bank._layers]
+        return [layer(shape, slabs, tiles) for shape, slabs in bank.layers]
 
     def layer(shape: tuple[int, ...], slabs: tuple[spin.nn.Slab, ...], tiles: dict[str, Tensor]) -> Tensor:
         taps, weight = shape[2] * shape[3], None
         for slab in slabs:
             if slab.coefficients is None:
-                first = bank._cluster(slab.cluster).start + slab.start
+                first = bank.place(slab.cluster).start + slab.start
                 values = bank.templates[first : first + slab.out * slab.in_channels * taps]
                 part = values.view(slab.out, slab.in_channels, *shape[2:])
             else:

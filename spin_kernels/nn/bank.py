@@ -70,7 +70,8 @@ class SuperWeightBank(Freezable):
             each cluster and T, of E trained values. None trains the coefficients themselves.
 
     Parameters: templates (P,), the clusters one after another, and those of ``coefficients``, which stay float32 (or
-    float64). Each weight starts with the variance that ``nn.init.kaiming_normal_`` would give it.
+    float64). Each weight starts with the variance that ``nn.init.kaiming_normal_`` would give it. ``layers`` holds the
+    shape and the slabs of every layer, by its number.
 
     :meth:`freeze` keeps the weights as they are composed then, until ``train()``, ``to()`` or a new state dict.
 
@@ -108,7 +109,7 @@ class SuperWeightBank(Freezable):
         )
         self.templates = nn.Parameter(torch.empty(sum(sizes.values()), device=device, dtype=dtype))
         nn.init.normal_(self.templates, std=0.02)  # until a layer joins
-        self._layers: list[tuple[tuple[int, ...], tuple[Slab, ...]]] = []
+        self.layers: list[tuple[tuple[int, ...], tuple[Slab, ...]]] = []
         self._plans: dict[tuple[int, ...], _Plan] = {}  # of the layers that were composed together
         self._deviations: dict[str, float] = {}  # that the templates of a cluster started with
         self._step: tuple[nn.Module, dict[int, Tensor]] | None = None
@@ -132,18 +133,18 @@ class SuperWeightBank(Freezable):
             if slab.cluster not in self._deviations:
                 self._deviations[slab.cluster] = deviation
                 with torch.no_grad():
-                    self.templates[self._cluster(slab.cluster)].normal_(0, deviation)
+                    self.templates[self.place(slab.cluster)].normal_(0, deviation)
             if slab.coefficients is not None:
                 scale = deviation / self._deviations[slab.cluster]
                 self.coefficients.add((slab.cluster, slab.coefficients), slab.templates * self._turns(shape), scale)
-        self._layers.append((shape, slabs))
+        self.layers.append((shape, slabs))
         self._plans.clear()
         self.unfreeze()
-        return len(self._layers) - 1
+        return len(self.layers) - 1
 
     def add_matrices(self, count: int, dim: int, cluster: str) -> tuple[int]:
         """Adds ``count`` square matrices, each with coefficients of its own, as one layer (count * dim, dim, 1, 1)."""
-        name, slabs = f"layer{len(self._layers)}", []
+        name, slabs = f"layer{len(self.layers)}", []
         for s in range(count):
             one = tile((dim, dim, 1, 1), self, cluster, coefficients=f"{name}.{s}")
             slabs += [slab._replace(out_offset=s * dim) for slab in one]
@@ -170,7 +171,8 @@ class SuperWeightBank(Freezable):
     def _turns(self, shape: Sequence[int]) -> int:
         return self.rotations if shape[2] == shape[3] > 1 else 1
 
-    def _cluster(self, name: str) -> slice:
+    def place(self, name: str) -> slice:
+        """Where a cluster's values are in ``templates``."""
         first = 0
         for cluster, size in self.sizes.items():
             if cluster == name:
@@ -196,7 +198,7 @@ class SuperWeightBank(Freezable):
 
     def compose(self, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """The weights (out, in, kh, kw) of these layers, by default all, in one launch, with gradients."""
-        layers = tuple(range(len(self._layers)) if layers is None else layers)
+        layers = tuple(range(len(self.layers)) if layers is None else layers)
         if layers not in self._plans:
             self._plans[layers] = self._plan(layers)
         plan = self._plans[layers]
@@ -213,10 +215,10 @@ class SuperWeightBank(Freezable):
         turned, end = {}, len(self.templates)
         averages, first_average = {}, sum(self.coefficients.lengths.values())
         for number, layer in enumerate(layers):
-            shape, slabs = self._layers[layer]
+            shape, slabs = self.layers[layer]
             shapes += shape
             for slab in slabs:
-                base, templates = self._cluster(slab.cluster).start + slab.start, slab.templates
+                base, templates = self.place(slab.cluster).start + slab.start, slab.templates
                 if self._turns(shape) > 1:
                     window = (base, templates * slab.stride, shape[2])
                     if window not in turned:
@@ -257,7 +259,7 @@ class SuperWeightBank(Freezable):
 
     def extra_repr(self) -> str:
         text = ", ".join(f"{name}: {size}" for name, size in self.sizes.items())
-        return f"{text}, layers={len(self._layers)}" + (f", rotations={self.rotations}" if self.rotations > 1 else "")
+        return f"{text}, layers={len(self.layers)}" + (f", rotations={self.rotations}" if self.rotations > 1 else "")
 
 
 class FromBank:
@@ -308,7 +310,7 @@ def tile(
             f"cluster: expected room for {max(1, templates)} templates of {size} values, got {max(0, room)} values in "
             f"{cluster!r}; give it more, or a smaller block=(o, i)"
         )
-    name = coefficients if coefficients is not None else f"layer{len(bank._layers)}"
+    name = coefficients if coefficients is not None else f"layer{len(bank.layers)}"
     slabs = []
     for a in range(0, out, o):
         for b in range(0, into, i):
