@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from .nn.bank import MOST_TEMPLATES, Slab, SuperWeightBank
@@ -36,7 +37,8 @@ class SuperWeights:
     Layers of one kernel size are cut into ``bins`` clusters by depth, each with a part of the budget like its part of
     the network's weights. Its templates have the shape of its largest layer, or of as large a block of that as leaves
     two of them; layers are tiled by them, narrower ones take a corner, and every tile has coefficients of its own.
-    What is left when no further template fits goes to the cluster's smallest layers, as rows of their own.
+    What is left when no further template fits goes to the cluster's smallest layers, as rows of their own, which keep
+    the values that they have.
     The last linear layer, the classifier, stays as it is, and so do biases, norms and grouped convolutions.
 
     Args:
@@ -78,6 +80,7 @@ class SuperWeights:
         slabs = {name: found for c in clusters for name, found in c.slabs().items()}
         for name, layer in layers.items():
             _replace(network, name, _from_bank(layer, bank, slabs[name]))
+            _keep_own_rows(layer, bank, slabs[name])
         network.bank = bank
         bank.attach(network)
 
@@ -299,6 +302,18 @@ def _from_bank(layer: Layer, bank: SuperWeightBank, slabs: list[Slab]) -> SuperC
         new = SuperConv2d(layer.in_channels, layer.out_channels, *geometry, has_bias, bank=bank, slabs=slabs)
     new.bias = layer.bias
     return new
+
+
+@torch.no_grad()
+def _keep_own_rows(layer: Layer, bank: SuperWeightBank, slabs: list[Slab]) -> None:
+    """Rows that templates do not make begin with the values that the layer had."""
+    weight = layer.weight.view(_shape(layer))
+    for slab in slabs:
+        if slab.coefficients is None:
+            rows, columns = slice(slab.out_offset, slab.out_offset + slab.out), slab.in_offset
+            own = weight[rows, columns : columns + slab.in_channels].flatten()
+            first = bank.place(slab.cluster).start + slab.start
+            bank.templates[first : first + len(own)] = own
 
 
 def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:

@@ -60,6 +60,21 @@ def test_budget_without_small_kernels(side: int) -> None:
     assert values_used(net.bank).all()
 
 
+def test_rows_of_their_own_keep_their_values() -> None:
+    net = network(width=30)
+    before = [m.weight.detach().clone() for m in net if isinstance(m, (nn.Conv2d, nn.Linear))]
+    SuperWeights(0.8).apply(net)
+    kept = 0
+    for (_, slabs), weight, now in zip(net.bank.layers, before, net.bank.compose(), strict=False):
+        for slab in slabs:
+            rows = slice(slab.out_offset, slab.out_offset + slab.out)
+            columns = slice(slab.in_offset, slab.in_offset + slab.in_channels)
+            if slab.coefficients is None:
+                torch.testing.assert_close(now[rows, columns], weight.view(now.shape)[rows, columns])
+                kept += 1
+    assert kept > 2
+
+
 def test_what_is_replaced() -> None:
     net = network()
     net.append(nn.Conv2d(7, 7, 1, groups=7))
