@@ -64,6 +64,8 @@ def _mixer_of(model: object, function: str) -> SharedMixer:
     mixer = model.mixer if isinstance(model, ConvMixer) else model
     if not isinstance(mixer, SharedMixer):
         raise TypeError(f"{function}: expected a ConvMixer or a SharedMixer, got {type(model).__name__}")
+    if mixer.bank is not None:
+        raise ValueError(f"{function}: expected a mixer with matrices of its own, got one with a bank's")
     return mixer
 
 

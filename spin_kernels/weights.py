@@ -46,7 +46,7 @@ class SuperWeights:
         bins: the number of clusters for each kernel size.
         max_templates: the most that one tile combines.
 
-    The budget is never exceeded; where no layer is 1 x 1, less than one filter's values may stay unspent.
+    The budget is never exceeded; where no layer is 1 x 1, or those are tiny, less than a filter's values may stay.
     """
 
     budget: int | float
@@ -54,7 +54,7 @@ class SuperWeights:
     max_templates: int = MOST_TEMPLATES
 
     def __post_init__(self) -> None:
-        if isinstance(self.budget, bool) or not isinstance(self.budget, int | float) or not self.budget > 0:
+        if isinstance(self.budget, bool) or not isinstance(self.budget, int | float) or not 0 < self.budget < math.inf:
             raise ValueError(f"budget: expected a positive number of parameters or a fraction, got {self.budget!r}")
         for name in ("bins", "max_templates"):
             value = getattr(self, name)
@@ -64,12 +64,19 @@ class SuperWeights:
     def apply(self, network: nn.Module) -> None:
         """Replaces the network's layers by those of a bank, which becomes its submodule ``bank``.
 
+        In an ``nn.Sequential`` that is the last module. Layers that are not trained stay.
+
         Raises:
-            ValueError: the budget is smaller than what the network keeps for itself, or larger than its parameters.
+            ValueError: the budget is smaller than what the network keeps for itself, or larger than its parameters;
+                layers share weights, or differ in dtype or device; the network has a ``bank``, or is a list.
         """
+        if hasattr(network, "bank") or isinstance(network, nn.ModuleList | nn.ModuleDict):
+            raise ValueError(f"network: expected a module that can take a submodule bank, got {type(network).__name__}")
         layers = dict(_replaceable(network))
         if not layers:
-            raise ValueError("network: expected convolutions or linear layers before the classifier, got none")
+            raise ValueError("network: expected trained convolutions or linear layers before the classifier, got none")
+        if len(kinds := {(layer.weight.dtype, layer.weight.device) for layer in layers.values()}) > 1:
+            raise ValueError(f"network: expected layers of one dtype on one device, got {kinds}")
         own = count_parameters(network)
         budget = self.budget if isinstance(self.budget, int) else round(self.budget * own)
         shapes = {name: _shape(layer) for name, layer in layers.items()}
@@ -81,7 +88,7 @@ class SuperWeights:
         for name, layer in layers.items():
             _replace(network, name, _from_bank(layer, bank, slabs[name]))
             _keep_own_rows(layer, bank, slabs[name])
-        network.bank = bank
+        network.bank = bank.train(network.training)
         bank.attach(network)
 
     def _clusters(self, shapes: dict[str, Shape], budget: int, kept: int) -> list[_Cluster]:
@@ -105,6 +112,8 @@ class SuperWeights:
                 left -= c.grow(left)
             if left == before:
                 break
+        if before < 0:
+            raise ValueError(f"budget: expected at least {budget - before} parameters with these bins, got {budget}")
         return clusters
 
 
@@ -115,7 +124,7 @@ class Repeated:
     Args:
         tiles: how often a weight is repeated over its output and its input channels; sizes are rounded up.
         modulation: of :class:`~spin_kernels.nn.RepeatConv2d`, with ``options`` of it, such as ``drop_rate``.
-        first: whether the first convolution is repeated too; over its input channels, those of the image, none is.
+        first: whether the first convolution, that of the image, is repeated, too.
     """
 
     tiles: tuple[int, int] = (2, 2)
@@ -124,14 +133,23 @@ class Repeated:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len(self.tiles) != 2 or not all(isinstance(n, int) and n > 0 for n in self.tiles):
+        if (
+            not isinstance(self.tiles, tuple | list)
+            or len(self.tiles) != 2
+            or not all(isinstance(n, int) and n > 0 for n in self.tiles)
+        ):
             raise ValueError(f"tiles: expected two positive integers, got {self.tiles!r}")
 
     def apply(self, network: nn.Module) -> None:
-        """Replaces the network's convolutions but grouped and dilated ones; linear layers stay."""
-        layers = [(n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d) and _is_plain(m)]
+        """Replaces the network's convolutions but grouped and dilated ones; linear layers stay.
+
+        Raises:
+            ValueError: convolutions share weights.
+        """
+        layers = [(n, m) for n, m in _own_layers(network) if isinstance(m, nn.Conv2d)]
         for name, layer in layers if self.first else layers[1:]:
-            _replace(network, name, self._repeated(layer))
+            if _is_plain(layer):
+                _replace(network, name, self._repeated(layer).train(layer.training))
 
     def _repeated(self, layer: nn.Conv2d) -> RepeatConv2d:
         out, into = layer.out_channels, layer.in_channels
@@ -252,10 +270,12 @@ def _share(clusters: list[_Cluster], values: int) -> None:
             f"budget: expected to leave from a filter per cluster to {own} values for the bank, got one that leaves "
             f"{values}"
         )
-    left = values
+    left, later = values, sum(c.taps for c in clusters)
     for c in clusters:
-        room = 8 * (c.taps == 1)  # for the rest, which may be no whole filter of others
-        c.take(min(left, values * c.own // own, c.own - room))
+        # 1 x 1 keep room for the rest, which may be no whole filter of others; each cluster has one.
+        room = (max(c.taps for c in clusters) - 1) * (c.taps == 1)
+        later -= c.taps
+        c.take(min(left - later, values * c.own // own, c.own - room))
         left -= c.size
 
 
@@ -273,10 +293,20 @@ def _is_plain(layer: nn.Conv2d) -> bool:
     return layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
 
 
+def _own_layers(network: nn.Module) -> Iterator[tuple[str, Layer]]:
+    """Plain convolutions and linear layers that are trained, by name; no subclasses, which may compute otherwise."""
+    owners: dict[int, str] = {}
+    for name, module in network.named_modules(remove_duplicate=False):
+        if name and type(module) in (nn.Conv2d, nn.Linear) and module.weight.requires_grad:
+            owner = owners.setdefault(id(module.weight), name)
+            if owner != name:
+                raise ValueError(f"network: expected layers with weights of their own, got {owner} and {name} with one")
+            yield name, module
+
+
 def _replaceable(network: nn.Module) -> Iterator[tuple[str, Layer]]:
-    modules = list(network.named_modules())
-    linear = [module for _, module in modules if isinstance(module, nn.Linear)]
-    for name, module in modules:
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    for name, module in _own_layers(network):
         whole = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
         if whole or (type(module) is nn.Linear and module is not linear[-1]):
             yield name, module
@@ -301,7 +331,7 @@ def _from_bank(layer: Layer, bank: SuperWeightBank, slabs: list[Slab]) -> SuperC
         geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
         new = SuperConv2d(layer.in_channels, layer.out_channels, *geometry, has_bias, bank=bank, slabs=slabs)
     new.bias = layer.bias
-    return new
+    return new.train(layer.training)
 
 
 @torch.no_grad()

@@ -108,6 +108,24 @@ def test_hybrid_learns_its_size(modulation: str) -> None:
             other(x, torch.randn(7, 3, 3, 3))
 
 
+def test_hybrid_layers_refuse_the_state_of_others() -> None:
+    signs, swish = (layer_of("hybrid", modulation, given=(2, 3))[0] for modulation in ("sign", "swish"))
+    layer, _ = layer_of("hybrid", "swish")
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        layer.load_state_dict(signs.state_dict())
+    layer.load_state_dict(swish.state_dict())
+
+
+@every_modulation
+def test_first_call_in_inference_mode(modulation: str) -> None:
+    layer, given = layer_of("hybrid", modulation)
+    x = torch.randn(1, 7, 4, 4)
+    with torch.inference_mode():
+        layer(x, given)
+    layer(x, given).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
+
+
 def test_drop_mask_stays() -> None:
     layer = RepeatConv2d(30, 40, 3, (20, 10), modulation="drop", drop_rate=0.25)
     assert layer.drop_mask.mean().item() == pytest.approx(0.75, abs=0.03)
@@ -171,6 +189,7 @@ BAD: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "modulation": (lambda: RepeatConv2d(4, 4, 3, (2, 2), modulation="tanh"), ValueError, "modulation"),
     "concat_dim": (lambda: RepeatConv2d(4, 4, 3, (2, 2), mode="hybrid", concat_dim=2), ValueError, "concat_dim"),
     "drop_rate": (lambda: RepeatConv2d(4, 4, 3, (2, 2), modulation="drop", drop_rate=1), ValueError, "drop_rate"),
+    "base is no pair": (lambda: RepeatConv2d(4, 4, 3, 2), TypeError, "base"),
     "base too large": (lambda: RepeatConv2d(4, 4, 3, (5, 2)), ValueError, "base"),
     "empty base": (lambda: RepeatConv2d(4, 4, 3, (0, 2)), ValueError, "base"),
     "no channels": (lambda: RepeatConv2d(4, 0, 3, (1, 2)), ValueError, "channels"),

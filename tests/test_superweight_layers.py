@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from spin_kernels import Sharing
+from spin_kernels import Sharing, fusion
 from spin_kernels.nn import SharedMixer, Slab, SuperConv2d, SuperLinear, SuperWeightBank
 from spin_kernels.nn.bank import tile
 
@@ -101,6 +103,66 @@ def test_weights_are_dropped_when_a_pass_fails() -> None:
     assert net.bank._step is None
 
 
+def test_weights_of_an_interrupted_pass_are_not_used_again() -> None:
+    net, x = Net(), image()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = net.fc.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        net(x)
+    handle.remove()
+    y = net(x)
+    with torch.no_grad():
+        net.bank.templates.mul_(2)
+    assert not torch.allclose(net(x), y)
+
+
+def test_weights_made_without_gradients_are_not_used_where_there_are_some() -> None:
+    class Inner(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.enable_grad():
+                return super().forward(x)
+
+    net = Inner()
+    with torch.no_grad():
+        y = net(image())
+    y.square().sum().backward()
+    assert net.bank.templates.grad.abs().sum() > 0
+
+
+def test_other_threads_make_weights_of_their_own() -> None:
+    net, x = Net(), image()
+    expected, results = net(x), []
+
+    def other(*_: Any) -> None:
+        thread = threading.Thread(target=lambda: results.append(net.conv1.weight))
+        thread.start()
+        thread.join()
+        assert results[-1] is not net.conv1.weight
+
+    net.conv2.register_forward_pre_hook(other)
+    torch.testing.assert_close(net(x), expected)
+    assert len(results) == 1
+
+
+@every_bank
+def test_checkpointed_segments(options: dict[str, Any]) -> None:
+    class Checkpointed(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = checkpoint(lambda x: self.conv2(self.conv1(x).relu()), x, use_reentrant=False)
+            return self.fc(self.conv3(x.relu()).mean((2, 3)))
+
+    net, x = Checkpointed(**options), image()
+    net(x).square().sum().backward()
+    grads = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    Net.forward(net, x).square().sum().backward()
+    for p, grad in zip(net.parameters(), grads, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=1e-4, atol=1e-5)
+
+
 @every_bank
 @pytest.mark.parametrize("change", ["data", "optimizer"])
 def test_no_stale_weights(options: dict[str, Any], change: str) -> None:
@@ -178,6 +240,23 @@ def test_freezing_keeps_weights(options: dict[str, Any]) -> None:
     assert not net.bank.is_frozen
 
 
+def test_exported_copy_of_a_frozen_network() -> None:
+    net, x = Net().eval(), image()
+    net.bank.freeze()
+    other = copy.deepcopy(net)
+    torch.testing.assert_close(torch.export.export(other, (x,)).module()(x), net(x))
+    torch.testing.assert_close(other(x), net(x))
+
+
+def test_layers_that_join_later_leave_the_others_alone() -> None:
+    net = Net()
+    net.bank.requires_grad_(False)
+    values = net.bank.coefficients.values.clone()
+    SuperLinear(8, 5, bank=net.bank, cluster="fc")
+    assert not any(p.requires_grad for p in net.bank.parameters())
+    assert torch.equal(net.bank.coefficients.values[: len(values)], values)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_types_keep_coefficients(dtype: torch.dtype) -> None:
     net, x = Net(rotations=2, embedding=4).to(dtype), image(dtype=dtype)
@@ -189,8 +268,9 @@ def test_short_types_keep_coefficients(dtype: torch.dtype) -> None:
     assert all(p.grad is not None for p in net.parameters())
 
 
-def test_autocast_leaves_weights_alone() -> None:
-    net, x = Net(), image()
+@every_bank
+def test_autocast_leaves_weights_alone(options: dict[str, Any]) -> None:
+    net, x = Net(**options), image()
     with torch.autocast("cpu", torch.bfloat16):
         assert net.conv1.weight.dtype == torch.float32
         assert net(x).dtype == torch.bfloat16
@@ -271,6 +351,16 @@ def test_frozen_mixers_from_a_bank() -> None:
     assert not torch.allclose(net(x), y)
 
 
+def test_frozen_mixers_see_a_new_state_of_their_bank() -> None:
+    net, other, x = Mixers().eval(), Mixers(), torch.randn(2, 8, 6, 5)
+    net.mixers[0].freeze()
+    y = net.mixers[0](x)
+    net.bank.load_state_dict(other.bank.state_dict())
+    assert not torch.allclose(net.mixers[0](x), y)
+    with pytest.raises(ValueError, match="bank"):
+        fusion.prepare(net.mixers[0], Sharing(4, 2))
+
+
 @pytest.mark.parametrize("options", [{"cluster": "c"}, {"bank": True}, {"bank": True, "cluster": "c", "templates": 2}])
 def test_mixers_need_bank_and_cluster(options: dict[str, Any]) -> None:
     if "bank" in options:
@@ -299,6 +389,13 @@ BAD: dict[str, tuple[Callable[[SuperWeightBank], Any], type[Exception], str]] = 
     "overlap": (lambda b: b.add((4, 4, 1, 1), 2 * tile((4, 4, 1, 1), b, "c")), ValueError, "overlaps"),
     "slab past the end": (lambda b: b.add((4, 4, 1, 1), [Slab("c", 2, 80, 16, 4, 4, 4)]), ValueError, "slab 0"),
     "negative stride": (lambda b: b.add((4, 4, 1, 1), [Slab("c", 2, 80, -16, 4, 4, 4)]), ValueError, "slab 0"),
+    "turned templates that overlap": (
+        lambda b: b.add((2, 2, 3, 3), [Slab("c", 2, 0, 9, 2, 2, 2)]), ValueError, "slab 0: expected whole filters",
+    ),
+    "two lengths": (
+        lambda b: b.add((2, 4, 1, 1), [Slab("c", t, 0, 8, 2, 2, 2, 0, 2 * t - 2, "x") for t in (1, 2)]),
+        ValueError, "coefficients: expected one length",
+    ),
     "not whole filters": (lambda b: b.add((1, 1, 3, 3), [Slab("c", 2, 0, 10, 1, 1, 1)]), ValueError, "whole filters"),
     "no sizes": (lambda b: SuperWeightBank({}), TypeError, "sizes"),
     "empty cluster": (lambda b: SuperWeightBank({"c": 0}), ValueError, "sizes"),

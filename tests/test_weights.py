@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from random import Random
 
 import pytest
 import torch
@@ -49,6 +50,28 @@ def test_exact_budget(budget: float | str, width: int, bins: int) -> None:
     assert y.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     assert (net.bank.templates.grad != 0).float().mean() > 0.9
+
+
+def test_no_budget_is_exceeded() -> None:
+    """Or it is refused: tiny networks of any kernel sizes."""
+    rng = Random(int(torch.randint(2**31, ())))
+    made, refusals = 0, []
+    for _ in range(300):
+        sizes = [(rng.randint(1, 9), rng.randint(1, 9), rng.choice([1, 3, 5, 7])) for _ in range(rng.randint(1, 4))]
+        net = nn.Sequential(*(nn.Conv2d(*size) for size in sizes))
+        budget = rng.randint(1, count_parameters(net))
+        settings = SuperWeights(budget, bins=rng.randint(1, 3), max_templates=rng.choice([1, 2, 8]))
+        try:
+            settings.apply(net)
+        except ValueError as error:
+            refusals.append(str(error))
+            continue
+        made += 1
+        assert count_parameters(net) <= budget, f"{sizes}, {settings}"
+        assert values_used(net.bank).all()
+        assert all(weight.isfinite().all() for weight in net.bank.compose())
+    assert made > 100
+    assert all(text.startswith("budget: expected") for text in refusals)
 
 
 @pytest.mark.parametrize("side", [3, 5])
@@ -101,10 +124,42 @@ def test_repeated(modulation: str) -> None:
     assert all(p.grad is not None for p in net.parameters())
 
 
+def test_layers_that_are_not_trained_or_subclasses_stay() -> None:
+    class Standardised(nn.Conv2d):
+        pass
+
+    for weights in (SuperWeights(0.7), Repeated((2, 2), first=True)):
+        net = nn.Sequential(Standardised(4, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3)).eval()
+        net[1].requires_grad_(False)
+        kept = [net[0], net[1]]
+        weights.apply(net)
+        assert [net[0], net[1]] == kept
+        assert type(net[2]) in (SuperConv2d, RepeatConv2d)
+        assert not any(module.training for module in net.modules())
+
+
+def test_networks_that_cannot_be_changed() -> None:
+    tied, twice = [nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)) for _ in range(2)]
+    tied[1].weight = tied[0].weight
+    twice[1] = twice[0]
+    for net in (tied, twice):
+        for weights in (SuperWeights(0.7), Repeated((2, 2))):
+            with pytest.raises(ValueError, match=r"network: .*0 and 1"):
+                weights.apply(net)
+    mixed = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3).double())
+    taken = nn.Sequential(nn.Conv2d(4, 4, 3))
+    taken.bank = nn.Identity()
+    for net in (mixed, taken, nn.ModuleList([nn.Conv2d(4, 4, 3)]), nn.Conv2d(4, 4, 3)):
+        with pytest.raises(ValueError, match=r"^network: expected"):
+            SuperWeights(0.7).apply(net)
+
+
 BAD: dict[str, tuple[Callable[[], None], str]] = {
     "negative budget": (lambda: SuperWeights(-3), "budget"),
     "no number": (lambda: SuperWeights("4M"), "budget"),
-    "infinite": (lambda: SuperWeights(float("nan")), "budget"),
+    "no number at all": (lambda: SuperWeights(float("nan")), "budget"),
+    "infinite": (lambda: SuperWeights(float("inf")), "budget"),
+    "one number of tiles": (lambda: Repeated(2), "tiles"),
     "too small": (lambda: SuperWeights(0.05).apply(network()), "budget"),
     "too large": (lambda: SuperWeights(1.5).apply(network()), "budget"),
     "no bins": (lambda: SuperWeights(0.5, bins=0), "bins"),

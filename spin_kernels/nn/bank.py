@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -44,6 +45,15 @@ class _Plan(NamedTuple):
     shapes: tuple[int, ...]
     turned: tuple[tuple[int, int, int], ...]  # first value, number of values, side of their filters
     averages: tuple[int, ...]
+
+
+class _Step(NamedTuple):
+    """The weights of a forward pass, and who may use them: calls of its thread, with gradients if it has them."""
+
+    network: nn.Module
+    thread: int | None
+    with_gradients: bool
+    weights: dict[int, Tensor]
 
 
 class SuperWeightBank(Freezable):
@@ -112,7 +122,7 @@ class SuperWeightBank(Freezable):
         self.layers: list[tuple[tuple[int, ...], tuple[Slab, ...]]] = []
         self._plans: dict[tuple[int, ...], _Plan] = {}  # of the layers that were composed together
         self._deviations: dict[str, float] = {}  # that the templates of a cluster started with
-        self._step: tuple[nn.Module, dict[int, Tensor]] | None = None
+        self._step: _Step | None = None
         self._drop_packed_on_load()
 
     # --- layers join
@@ -128,6 +138,13 @@ class SuperWeightBank(Freezable):
             self._check(number, slab, shape)
         places = [(s.out_offset, s.in_offset, s.out, s.in_channels, s.row) for s in slabs]
         checks.superweight_plan(tuple(n for at in places for n in (0, 0, 0, 1, 0, *at)), shape)
+        wanted: dict[tuple[str, str], int] = {}
+        for slab in slabs:
+            if slab.coefficients is not None:
+                key, count = (slab.cluster, slab.coefficients), slab.templates * self._turns(shape)
+                self.coefficients.check(key, count)
+                if wanted.setdefault(key, count) != count:
+                    raise ValueError(f"coefficients: expected one length of {key[1]!r}, got {wanted[key]} and {count}")
         for slab in slabs:
             deviation = math.sqrt(2 / math.prod(shape[1:]))
             if slab.cluster not in self._deviations:
@@ -163,9 +180,11 @@ class SuperWeightBank(Freezable):
                 f"slab {number}: expected templates within the {size} values of cluster {slab.cluster!r}, got "
                 f"{slab.templates} from {slab.start} to {end}, {slab.stride} apart"
             )
-        if turned and (slab.stride == 0 or slab.stride % taps):
+        whole = ((slab.out - 1) * slab.row + slab.in_channels) * taps
+        if turned and (slab.stride < whole or slab.stride % taps):
             raise ValueError(
-                f"slab {number}: expected whole filters from template to template, got {slab.stride} apart"
+                f"slab {number}: expected whole filters, {whole} values or more, from template to template to turn, "
+                f"got {slab.stride}"
             )
 
     def _turns(self, shape: Sequence[int]) -> int:
@@ -189,12 +208,19 @@ class SuperWeightBank(Freezable):
     def weight(self, layer: int) -> Tensor:
         """A layer's weight (out, in, kh, kw): of this forward pass of an attached network, or made for this call."""
         if self.is_frozen:
-            if self._packed.value is None:  # a copy of a frozen bank
+            if self._packed.value is None and not torch.compiler.is_compiling():  # a copy of a frozen bank
                 self.freeze()
-            return self._packed.value[layer]
-        if self._step is not None and layer in self._step[1]:
-            return self._step[1][layer]
-        return self.compose([layer])[0]
+            if self._packed.value is not None:
+                return self._packed.value[layer]
+        step = self._step
+        mine = step is not None and (step.thread, step.with_gradients) == (_thread(), torch.is_grad_enabled())
+        if mine and layer in step.weights:
+            return step.weights[layer]
+        if torch.compiler.is_compiling():
+            return self.compose([layer])[0]
+        # Checkpointed segments compose again in backward, and would miss what they had not saved in forward.
+        with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):
+            return self.compose([layer])[0]
 
     def compose(self, layers: Sequence[int] | None = None) -> tuple[Tensor, ...]:
         """The weights (out, in, kh, kw) of these layers, by default all, in one launch, with gradients."""
@@ -246,12 +272,14 @@ class SuperWeightBank(Freezable):
         network.register_forward_hook(self._end, always_call=True)
 
     def _begin(self, network: nn.Module, _: Any) -> None:
-        if self._step is None and not self.is_frozen:
+        # Of this network itself: a pass that was interrupted.
+        if (self._step is None or self._step.network is network) and not self.is_frozen:
             layers = [n for m in network.modules() if isinstance(m, FromBank) and m.bank is self for n in m.bank_layers]
-            self._step = network, dict(zip(layers, self.compose(layers), strict=True))
+            weights = dict(zip(layers, self.compose(layers), strict=True))
+            self._step = _Step(network, _thread(), torch.is_grad_enabled(), weights)
 
     def _end(self, network: nn.Module, *_: Any) -> None:
-        if self._step is not None and self._step[0] is network:
+        if self._step is not None and self._step.network is network:
             self._step = None
 
     def _pack(self) -> list[Tensor]:
@@ -260,6 +288,14 @@ class SuperWeightBank(Freezable):
     def extra_repr(self) -> str:
         text = ", ".join(f"{name}: {size}" for name, size in self.sizes.items())
         return f"{text}, layers={len(self.layers)}" + (f", rotations={self.rotations}" if self.rotations > 1 else "")
+
+
+def _thread() -> int | None:
+    return None if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _itself(t: Tensor) -> Tensor:
+    return t
 
 
 class FromBank:

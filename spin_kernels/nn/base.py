@@ -19,15 +19,17 @@ class Packed:
     def __init__(self) -> None:
         self.frozen = False
         self.value: Any = None
+        self.drops = 0  # what else was packed from the same weights compares this
 
     def keep(self, value: Any) -> None:
         self.frozen, self.value = True, value
 
     def drop(self, *_: Any) -> None:
         self.frozen, self.value = False, None
+        self.drops += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"frozen": self.frozen, "value": None}
+        return {"frozen": self.frozen, "value": None, "drops": self.drops}
 
 
 class Freezable(nn.Module):

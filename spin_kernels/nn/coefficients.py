@@ -14,10 +14,8 @@ Key = tuple[str, str]  # of a vector: the cluster and the name
 
 
 def direction(before: Tensor) -> Tensor:
-    """A unit vector (T,) orthogonal to the rows of ``before`` (n, T), unit vectors too; to those since the last full
-    basis where there are T or more."""
-    size = before.shape[1]
-    before = before[len(before) // size * size :].double()
+    """A unit vector (T,) orthogonal to the rows of ``before`` (n, T), fewer than T orthogonal unit vectors."""
+    size, before = before.shape[1], before.double()
     vector = torch.randn(size, device=before.device, dtype=torch.float64)
     for _ in range(2):  # a second time for what rounding left
         vector = vector - before.T @ (before @ vector)
@@ -31,6 +29,7 @@ class Coefficients(Float32State):
     def __init__(self) -> None:
         super().__init__()
         self.lengths: dict[Key, int] = {}
+        self._alike: dict[tuple[str, int], list[Key]] = {}  # vectors of one cluster and length
 
     def start(self, key: Key) -> int:
         raise NotImplementedError
@@ -41,18 +40,20 @@ class Coefficients(Float32State):
         Raises:
             ValueError: the key is known with another length.
         """
+        self.check(key, length)
         if key not in self.lengths:
             with torch.no_grad():
                 self._add(key, length, scale)
             self.lengths[key] = length
-        elif self.lengths[key] != length:
+            self._alike.setdefault((key[0], length), []).append(key)
+
+    def check(self, key: Key, length: int) -> None:
+        """Raises ValueError where the key is known with another length."""
+        if self.lengths.get(key, length) != length:
             raise ValueError(
                 f"coefficients: expected {self.lengths[key]} as other users of {key[1]!r} in cluster {key[0]!r} "
                 f"have, got {length}; give them another name"
             )
-
-    def _alike(self, key: Key, length: int) -> list[Key]:
-        return [k for k, n in self.lengths.items() if k[0] == key[0] and n == length]
 
     def _float32_state(self) -> Iterable[Tensor | None]:
         return self.parameters()
@@ -71,11 +72,13 @@ class TrainedCoefficients(Coefficients):
 
     def _add(self, key: Key, length: int, scale: float) -> None:
         values = self.values.detach()
-        before = [values[self._starts[k] : self._starts[k] + length] for k in self._alike(key, length)]
+        alike = self._alike.get((key[0], length), [])
+        alike = alike[len(alike) // length * length :]  # since the last full basis
+        before = [values[self._starts[k] : self._starts[k] + length] for k in alike]
         rows = torch.stack(before) if before else values.new_empty(0, length)
         vector = direction(nn.functional.normalize(rows, dim=1)) * scale
         self._starts[key] = len(values)
-        self.values = nn.Parameter(torch.cat((values, vector.to(values.dtype))))
+        self.values = nn.Parameter(torch.cat((values, vector.to(values.dtype))), self.values.requires_grad)
 
     def forward(self) -> Tensor:
         return self.values
@@ -118,13 +121,16 @@ class EmbeddedCoefficients(Coefficients):
             self._kinds[kind] = []
         self._kinds[kind].append(len(embeddings))
         new = torch.randn_like(embeddings.new_empty(1, size))
-        self.embeddings = nn.Parameter(torch.cat((embeddings, new * (scale / new.norm()))))
+        self.embeddings = nn.Parameter(
+            torch.cat((embeddings, new * (scale / new.norm()))), self.embeddings.requires_grad
+        )
 
     def forward(self) -> Tensor:
-        vectors = [
-            linear(self.embeddings[rows]).flatten()
-            for linear, rows in zip(self.projections.values(), self._kinds.values(), strict=True)
-        ]
+        with torch.autocast(self.embeddings.device.type, enabled=False):  # coefficients are float32
+            vectors = [
+                linear(self.embeddings[rows]).flatten()
+                for linear, rows in zip(self.projections.values(), self._kinds.values(), strict=True)
+            ]
         return torch.cat(vectors) if vectors else self.embeddings.flatten()
 
     def extra_repr(self) -> str:

@@ -144,6 +144,8 @@ class SharedMixer(FromBank, Float32State, Freezable):
             self.num_batches_tracked.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.bank is not None and self.is_frozen and self._bank_drops != self.bank._packed.drops:
+            self.unfreeze()  # the bank's weights are others now
         if self.is_frozen:
             return self._call_packed(x)
         if self.training:
@@ -230,6 +232,7 @@ class SharedMixer(FromBank, Float32State, Freezable):
 
     def _pack(self) -> Tensor | dict[str, Any]:
         arguments = self._op_arguments()
+        self._bank_drops = 0 if self.bank is None else self.bank._packed.drops
         if self._has_packed_form(arguments):  # where every block has gains, 1 if nothing else
             return torch.ops.spin._pack_mixer(*arguments.values())
         return self._composed(arguments)

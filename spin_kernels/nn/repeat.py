@@ -14,7 +14,14 @@ from .. import functional
 from .base import Float32State
 
 MODES = ("intra", "inter", "hybrid")
-MODULATIONS = ("swish", "sign", "linear", "drop", "random")
+_NAMES = {  # of the parameters and buffers that modulate
+    "swish": ("alpha", "beta"),
+    "sign": ("sign", "sign_rows", "sign_columns"),
+    "linear": (),
+    "drop": ("drop_mask",),
+    "random": ("sign", "random_weights"),
+}
+MODULATIONS = tuple(_NAMES)
 
 
 class _Sign(torch.autograd.Function):
@@ -94,6 +101,8 @@ class RepeatConv2d(Float32State):
         if min(shape) < 1:
             raise ValueError(f"channels, kernel_size: expected at least 1 each, got a weight of shape {shape}")
         for name, size in {"base": base, "given": given}.items():
+            if not isinstance(size, tuple | list | None):
+                raise TypeError(f"{name}: expected (o, i), got {size!r}")
             if size is not None and not (len(size) == 2 and 0 < size[0] <= shape[0] and 0 < size[1] <= shape[1]):
                 raise ValueError(f"{name}: expected (o, i) from (1, 1) to {shape[:2]}, got {size!r}")
         if given is not None and mode != "hybrid":
@@ -154,7 +163,8 @@ class RepeatConv2d(Float32State):
         return {name: (*shape, *kernel) for name, shape in shapes.items() if min(shape) > 0}
 
     def _add_modulation(self, source: tuple[int, int], options: dict[str, Any]) -> None:
-        self._add(self._shapes(source), options)
+        with torch.inference_mode(False):  # a first call may be under it
+            self._add(self._shapes(source), options)
         self._has_modulation = True
 
     def _add(self, shapes: dict[str, tuple[int, ...]], options: dict[str, Any]) -> None:
@@ -186,7 +196,7 @@ class RepeatConv2d(Float32State):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         if not self._has_modulation:  # of the size that the state dict has
-            names = ("alpha", "beta", "sign", "sign_rows", "sign_columns", "drop_mask", "random_weights")
+            names = _NAMES[self.modulation]
             found = {name: state_dict[prefix + name].shape for name in names if prefix + name in state_dict}
             if found:
                 self._add(found, {"device": self.weight.device, "dtype": self.weight.dtype})
