@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spin_kernels import models
 from spin_kernels.nn import RepeatConv2d, SuperConv2d, SuperLinear, SuperWeightBank
 from spin_kernels.weights import Repeated, SuperWeights, count_parameters
 
@@ -24,7 +25,7 @@ def network(sides: tuple[int, ...] = (3, 3, 1, 3, 1), width: int = 12) -> nn.Seq
 
 
 def values_used(bank: SuperWeightBank) -> Tensor:
-    used = torch.zeros(len(bank.templates), dtype=torch.bool)
+    used = torch.zeros(len(bank.templates), dtype=torch.bool, device="cpu")
     for shape, slabs in bank.layers:
         taps = shape[2] * shape[3]
         for slab in slabs:
@@ -50,6 +51,14 @@ def test_exact_budget(budget: float | str, width: int, bins: int) -> None:
     assert y.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
     assert (net.bank.templates.grad != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("budget", [0.1, 0.25, 0.5, 1.0])
+def test_wide_resnet_of_exact_counts(budget: float) -> None:
+    with torch.device("meta"):
+        net = models.create("wrn_28_10", weights=SuperWeights(budget))
+    assert count_parameters(net) == round(budget * 36_479_194)
+    assert values_used(net.bank).all()
 
 
 def test_no_budget_is_exceeded() -> None:
