@@ -185,8 +185,11 @@ class RepeatConv2d(Float32State):
         if name == "alpha":
             tensor.fill_(2)  # 2 / (1 + exp(0)) is 1
         elif name == "beta":
-            # Tiles that differ by a factor only would stay the same after BatchNorm: beta * w is of order 1.
-            tensor.normal_(0, math.sqrt(3) / bound)
+            # Tiles that differ by a factor only would stay the same after BatchNorm: beta * w is of order 1, and every
+            # tile's is another.
+            count = tensor.numel()
+            spread = (torch.randperm(count, device=tensor.device) + 0.5) * (4 / count) - 2
+            tensor.copy_(spread.view_as(tensor) * (math.sqrt(3) / bound))
         elif name.startswith("sign"):
             tensor.normal_(0, 1e-3)  # near 0, where signs can change
         elif name == "drop_mask":
