@@ -199,19 +199,21 @@ def _weights_kernel(op: str, args: tuple[Any, ...]) -> Callable | None:
 
 
 def _run_compose(*args: Any) -> Tensor:
-    _refuse_forward_mode()
-    checks.compose_superweights(*args)
-    run = _weights_kernel("compose_superweights", args) or reference.compose_superweights
-    return run(*args, False)[0] if run is torch.ops.spin._compose_superweights_cpu else run(*args)
+    return _compose_weights(args, apart=False)[0]
 
 
 def _run_compose_layers(*args: Any) -> list[Tensor]:
+    return _compose_weights(args, apart=True)
+
+
+def _compose_weights(args: tuple[Any, ...], apart: bool) -> list[Tensor]:
     _refuse_forward_mode()
     checks.compose_superweights(*args)
     run = _weights_kernel("compose_superweights", args) or reference.compose_superweights
     if run is torch.ops.spin._compose_superweights_cpu:
-        return run(*args, True)
-    return [weight.clone() for weight in layers_of(run(*args), args[-1])]
+        return run(*args, apart)
+    flat = run(*args)
+    return [weight.clone() for weight in layers_of(flat, args[-1])] if apart else [flat]
 
 
 def layers_of(flat: Tensor, shapes: Sequence[int]) -> tuple[Tensor, ...]:

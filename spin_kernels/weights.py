@@ -148,7 +148,7 @@ class Repeated:
         """
         layers = [(n, m) for n, m in _own_layers(network) if isinstance(m, nn.Conv2d)]
         for name, layer in layers if self.first else layers[1:]:
-            if _is_plain(layer):
+            if _is_plain(layer) and layer.dilation == (1, 1):
                 _replace(network, name, self._repeated(layer).train(layer.training))
 
     def _repeated(self, layer: nn.Conv2d) -> RepeatConv2d:
@@ -290,7 +290,7 @@ def _intersection(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int, int
 
 
 def _is_plain(layer: nn.Conv2d) -> bool:
-    return layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+    return layer.groups == 1 and layer.padding_mode == "zeros"
 
 
 def _own_layers(network: nn.Module) -> Iterator[tuple[str, Layer]]:
@@ -307,8 +307,7 @@ def _own_layers(network: nn.Module) -> Iterator[tuple[str, Layer]]:
 def _replaceable(network: nn.Module) -> Iterator[tuple[str, Layer]]:
     linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
     for name, module in _own_layers(network):
-        whole = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
-        if whole or (type(module) is nn.Linear and module is not linear[-1]):
+        if _is_plain(module) if isinstance(module, nn.Conv2d) else module is not linear[-1]:
             yield name, module
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import torch.nn.functional as F
@@ -22,12 +23,12 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Isotropic(nn.Module):
+class Isotropic(nn.Module, ABC):
     """Images (B, in_channels, H, W) to logits (B, num_classes) through ``depth`` blocks of one width.
 
     ``patch_embed`` cuts the image into patches; block d uses the d-th of what each block has for itself and
     ``shared[index[d]]``, which blocks share; ``norm`` and ``head`` classify. Subclasses create the blocks,
-    call :meth:`reset_parameters` and define the three methods that raise NotImplementedError here.
+    call :meth:`reset_parameters` and define the three abstract methods.
 
     Raises:
         ValueError, TypeError: an argument is out of its range.
@@ -66,16 +67,17 @@ class Isotropic(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
+    @abstractmethod
     def _embed(self, images: Tensor) -> Tensor:
         """What the first block gets; raises ValueError for images that the network is not made for."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _block(self, d: int, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What block d makes of x."""
 
+    @abstractmethod
     def _pool(self, features: Tensor) -> Tensor:
         """(B, dim), what is normalised and classified."""
-        raise NotImplementedError
 
     def block_outputs(self, images: Tensor) -> Iterator[Tensor]:
         """The features after every block, one by one; a block runs when its features are asked for.

@@ -138,22 +138,21 @@ class SuperWeightBank(Freezable):
             self._check(number, slab, shape)
         places = [(s.out_offset, s.in_offset, s.out, s.in_channels, s.row) for s in slabs]
         checks.superweight_plan(tuple(n for at in places for n in (0, 0, 0, 1, 0, *at)), shape)
-        wanted: dict[tuple[str, str], int] = {}
+        vectors: dict[tuple[str, str], int] = {}  # all lengths are checked before anything changes
         for slab in slabs:
             if slab.coefficients is not None:
                 key, count = (slab.cluster, slab.coefficients), slab.templates * self._turns(shape)
                 self.coefficients.check(key, count)
-                if wanted.setdefault(key, count) != count:
-                    raise ValueError(f"coefficients: expected one length of {key[1]!r}, got {wanted[key]} and {count}")
+                if vectors.setdefault(key, count) != count:
+                    raise ValueError(f"coefficients: expected one length of {key[1]!r}, got {vectors[key]} and {count}")
+        deviation = math.sqrt(2 / math.prod(shape[1:]))
         for slab in slabs:
-            deviation = math.sqrt(2 / math.prod(shape[1:]))
             if slab.cluster not in self._deviations:
                 self._deviations[slab.cluster] = deviation
                 with torch.no_grad():
                     self.templates[self.place(slab.cluster)].normal_(0, deviation)
-            if slab.coefficients is not None:
-                scale = deviation / self._deviations[slab.cluster]
-                self.coefficients.add((slab.cluster, slab.coefficients), slab.templates * self._turns(shape), scale)
+        for key, count in vectors.items():
+            self.coefficients.add(key, count, deviation / self._deviations[key[0]])
         self.layers.append((shape, slabs))
         self._plans.clear()
         self.unfreeze()
@@ -172,15 +171,15 @@ class SuperWeightBank(Freezable):
             raise ValueError(f"cluster: expected one of {', '.join(self.sizes)}, got {slab.cluster!r} in slab {number}")
         taps, size = shape[2] * shape[3], self.sizes[slab.cluster]
         last = slab.start + (slab.templates - 1) * slab.stride
+        whole = ((slab.out - 1) * slab.row + slab.in_channels) * taps
         # Whole filters are turned, of which the slab itself may only use a corner.
         turned = self._turns(shape) > 1
-        end = last + (slab.stride if turned else ((slab.out - 1) * slab.row + slab.in_channels) * taps)
+        end = last + (slab.stride if turned else whole)
         if slab.templates < 1 or min(slab.start, slab.stride) < 0 or end > size:
             raise ValueError(
                 f"slab {number}: expected templates within the {size} values of cluster {slab.cluster!r}, got "
                 f"{slab.templates} from {slab.start} to {end}, {slab.stride} apart"
             )
-        whole = ((slab.out - 1) * slab.row + slab.in_channels) * taps
         if turned and (slab.stride < whole or slab.stride % taps):
             raise ValueError(
                 f"slab {number}: expected whole filters, {whole} values or more, from template to template to turn, "

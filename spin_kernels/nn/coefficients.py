@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,16 +24,19 @@ def direction(before: Tensor) -> Tensor:
     return vector
 
 
-class Coefficients(Float32State):
+class Coefficients(Float32State, ABC):
     """Vectors by (cluster, name); ``forward()`` is all of them, flat, and ``start(key)`` says where one begins."""
 
     def __init__(self) -> None:
         super().__init__()
         self.lengths: dict[Key, int] = {}
-        self._alike: dict[tuple[str, int], list[Key]] = {}  # vectors of one cluster and length
 
+    @abstractmethod
     def start(self, key: Key) -> int:
-        raise NotImplementedError
+        """Of a vector in the flat tensor."""
+
+    @abstractmethod
+    def _add(self, key: Key, length: int, scale: float) -> None: ...
 
     def add(self, key: Key, length: int, scale: float) -> None:
         """Adds a vector of this length and Euclidean norm; it stays what it is if the key is known.
@@ -45,7 +49,6 @@ class Coefficients(Float32State):
             with torch.no_grad():
                 self._add(key, length, scale)
             self.lengths[key] = length
-            self._alike.setdefault((key[0], length), []).append(key)
 
     def check(self, key: Key, length: int) -> None:
         """Raises ValueError where the key is known with another length."""
@@ -66,15 +69,17 @@ class TrainedCoefficients(Coefficients):
         super().__init__()
         self.values = nn.Parameter(torch.empty(0, **options))
         self._starts: dict[Key, int] = {}
+        self._alike: dict[tuple[str, int], list[Key]] = {}  # vectors of one cluster and length
 
     def start(self, key: Key) -> int:
         return self._starts[key]
 
     def _add(self, key: Key, length: int, scale: float) -> None:
         values = self.values.detach()
-        alike = self._alike.get((key[0], length), [])
-        alike = alike[len(alike) // length * length :]  # since the last full basis
-        before = [values[self._starts[k] : self._starts[k] + length] for k in alike]
+        alike = self._alike.setdefault((key[0], length), [])
+        last = alike[len(alike) // length * length :]  # since the last full basis
+        before = [values[self._starts[k] : self._starts[k] + length] for k in last]
+        alike.append(key)
         rows = torch.stack(before) if before else values.new_empty(0, length)
         vector = direction(nn.functional.normalize(rows, dim=1)) * scale
         self._starts[key] = len(values)
