@@ -317,18 +317,20 @@ def test_our_model_has_the_weights_of_the_plain_one():
     assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)
 
 
-def small_composition() -> spin.nn.SuperWeightBank:
-    network = spin.models.WideResNet(10, 2, weights=spin.SuperWeights(0.4))
-    return network.bank
-
-
-@pytest.mark.parametrize("provider", ["product", "broadcast sum"])
-def test_peers_compose_the_same_weights_and_gradients(provider):
+@pytest.mark.parametrize(
+    ("provider", "weights"),
+    [
+        ("product", spin.SuperWeights(0.4)),
+        ("broadcast sum", spin.SuperWeights(0.4)),
+        ("eager", spin.Repeated((2, 3), "swish")),
+    ],
+)
+def test_peers_make_the_same_weights_and_gradients(provider, weights):
     from spinbench import composing
 
-    bank = small_composition()
-    leaves = list(bank.parameters())
-    ours, theirs = bank.compose(), composing.PEERS[provider](bank)()
+    source = composing.source_of(spin.models.WideResNet(10, 2, weights=weights))
+    leaves = list(source.parameters())
+    ours, theirs = source.compose(), composing.PEERS[provider](source)()
     grads = composing.gradients(ours, torch.float32)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
@@ -347,6 +349,17 @@ def test_bytes_of_compositions():
     assert case.bytes(1, "float32") == 4 * (
         weights + 2 * (round(0.25 * (weights + compositions.KEPT)) - compositions.KEPT)
     )
+
+
+def test_bytes_of_repetitions():
+    from spinbench import composing
+
+    with torch.device("meta"):
+        network = spin.models.create(compositions.NETWORK, weights=spin.Repeated(compositions.TILES, "swish"))
+    layers = composing.source_of(network)
+    source, weights = sum(layer.weight.numel() for layer in layers), sum(w.numel() for w in layers.compose())
+    assert compositions.Repetition("forward").bytes(1, "float32") == 4 * (source + weights)
+    assert compositions.Repetition("backward").bytes(1, "float32") == 4 * (2 * source + weights)
 
 
 def test_a_step_is_the_same_with_weights_of_its_own():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from spinbench.compositions import Composition
+from spinbench.compositions import MadeWeights
 
 INFERENCE, TRAINING = ("spin frozen", "spin"), ("spin", "spin checkpoint")
 CAPTURED = "spin graphs"  # frozen, or a training step, as one CUDA graph
@@ -43,10 +43,8 @@ def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
 
 
 def takes_part(provider: str, network: object) -> bool:
-    """Eager PyTorch makes no weights, and of plain PyTorch only it takes a step of a whole network."""
-    if not isinstance(network, Composition):
-        return True
-    return provider == "spin" or (provider == "eager") == (network.what == "step")
+    """Weights have peers of their own."""
+    return not isinstance(network, MadeWeights) or provider in ("spin", *network.peers)
 
 
 def unsupported(provider: str, dtype: str) -> str | None:

@@ -1,7 +1,8 @@
-"""Ours and plain PyTorch, making the weights of a network from a bank. Imports torch and spin_kernels.
+"""Ours and plain PyTorch, making the weights of a network. Imports torch and spin_kernels.
 
-The peers do what users write: one product (or one broadcast sum) of coefficients and templates for each cluster of the
-bank, then every layer's part of the tiles; a layer that is one tile takes it as it is.
+The peers do what users write. From a bank: one product (or one broadcast sum) of coefficients and templates for each
+cluster, then every layer's part of the tiles; a layer that is one tile takes it as it is. Repeated: `Tensor.repeat`,
+and the tiles' alpha and beta spread over the filters.
 """
 
 from __future__ import annotations
@@ -14,35 +15,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spin_kernels as spin
-from spinbench.compositions import NETWORK, SIDE, Composition
+from spinbench.compositions import NETWORK, SIDE, TILES, MadeWeights, Repetition
 from spinbench.networks import Case
 
 Weights = list[Tensor]
 
 
-def network_of(composition: Composition, seed: int) -> nn.Module:
+class RepeatedLayers(nn.ModuleList):
+    """The repeated convolutions of a network, in the place of a bank."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(module for module in network.modules() if isinstance(module, spin.nn.RepeatConv2d))
+
+    def compose(self) -> Weights:
+        return [layer.repeated_weight() for layer in self]
+
+
+def network_of(made: MadeWeights, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return spin.models.create(NETWORK, weights=spin.SuperWeights(composition.percent / 100))
+    repeated = isinstance(made, Repetition)
+    weights = spin.Repeated(TILES, "swish") if repeated else spin.SuperWeights(made.percent / 100)
+    return spin.models.create(NETWORK, weights=weights)
 
 
-def reference(composition: Composition, batch: int, seed: int) -> Tensor:
-    """In float64: all weights, the gradients of bank and coefficients, or that of the last BatchNorm's scale."""
-    network = network_of(composition, seed).double()
-    if composition.what == "step":
+def source_of(network: nn.Module) -> nn.Module:
+    """What the weights are made of: its compose() makes them, its parameters have the gradients."""
+    return network.bank if hasattr(network, "bank") else RepeatedLayers(network)
+
+
+def reference(made: MadeWeights, batch: int, seed: int) -> Tensor:
+    """In float64: all weights, the gradients of what they are made of, or that of the last BatchNorm's scale."""
+    network = network_of(made, seed).double()
+    if made.what == "step":
         return gradient_of_step(network, *images(batch, torch.float64))
-    if composition.what == "forward":
+    source = source_of(network)
+    if made.what == "forward":
         with torch.no_grad():
-            return flat(network.bank.compose())
-    leaves, weights = list(network.bank.parameters()), network.bank.compose()
-    grads = torch.autograd.grad(weights, leaves, gradients(weights, torch.float64))
+            return flat(source.compose())
+    weights = source.compose()
+    grads = torch.autograd.grad(weights, list(source.parameters()), gradients(weights, torch.float64))
     return flat(grads)
 
 
 def prepare(provider: str, case: Case, seed: int) -> tuple[Callable[[], Any], Tensor, dict[str, float]]:
     """The call that is timed, its result as one float32 tensor, and figures of the provider."""
-    composition, dtype = case.network, getattr(torch, case.dtype)
-    network = network_of(composition, seed)
-    if composition.what == "step":
+    made, dtype = case.network, getattr(torch, case.dtype)
+    network = network_of(made, seed)
+    if made.what == "step":
         if provider != "spin":
             plain = spin.models.create(NETWORK)
             copy_weights(network, plain)
@@ -53,16 +72,16 @@ def prepare(provider: str, case: Case, seed: int) -> tuple[Callable[[], Any], Te
             return gradient_of_step(network, x, classes)
 
         return step, step(), {"between_mb": held_weights(network, x) / 1e6}
-    bank = network.bank.to(dtype)
-    make = bank.compose if provider == "spin" else PEERS[provider](bank)
-    if composition.what == "forward":
+    source = source_of(network).to(dtype)
+    make = source.compose if provider == "spin" else PEERS[provider](source)
+    if made.what == "forward":
 
         def forward() -> Any:
             with torch.no_grad():
                 return make()
 
         return forward, flat(forward()).float(), {}
-    leaves, weights = [bank.templates, bank.coefficients.values], make()
+    leaves, weights = list(source.parameters()), make()
     grads = gradients(weights, dtype)
 
     def backward() -> Any:
@@ -143,9 +162,20 @@ def by_clusters(bank: spin.nn.SuperWeightBank, combine: Callable[[Tensor, Tensor
     return make
 
 
-PEERS: dict[str, Callable[[spin.nn.SuperWeightBank], Callable[[], Weights]]] = {
+def repeated(layer: spin.nn.RepeatConv2d) -> Tensor:
+    (o, i), (out, into, *_), dtype = layer.base, layer.shape, layer.weight.dtype
+    w = layer.weight.repeat(*layer.alpha.shape, 1, 1)[:out, :into]
+    alpha, beta = (
+        t.to(dtype).repeat_interleave(o, 0).repeat_interleave(i, 1)[:out, :into, None, None]
+        for t in (layer.alpha, layer.beta)
+    )
+    return w * alpha / (1 + torch.exp(beta * w))
+
+
+PEERS: dict[str, Callable[[Any], Callable[[], Weights]]] = {
     "product": lambda bank: by_clusters(bank, product),
     "broadcast sum": lambda bank: by_clusters(bank, broadcast_sum),
+    "eager": lambda layers: lambda: [repeated(layer) for layer in layers],
 }
 
 

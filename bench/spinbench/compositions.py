@@ -1,13 +1,16 @@
-"""What `--suite compose` times: the weights of a network from a bank of templates (no torch in here).
+"""What `--suite compose` times: the weights of a network, made from fewer values (no torch in here).
 
-The network is WRN-28-10 whose convolutions come from one bank, so that it has 10, 25, 50 or 100 % of its parameters.
-forward     all weights from bank and coefficients; least bytes: the bank and the weights once
-backward    the gradients of bank and coefficients from those of all weights; the bank, its gradient, the weights' once
+The network is WRN-28-10 whose convolutions come from one bank, so that it has 10, 25, 50 or 100 % of its parameters, or
+repeat smaller ones, modulated by swish. The source is the bank with its coefficients, or all the smaller weights with
+their alpha and beta.
+forward     all weights from the source; least bytes: the source and the weights once
+backward    the gradients of the source from those of all weights; the source, its gradient, the weights' once
 step        a training step of the whole network at batch 32 (eager: the same network with weights of its own)
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 STEP_BATCH = 32
@@ -15,6 +18,8 @@ STEP_PERCENT = 25
 SIDE = 32  # of the images
 KEPT = 24_362  # parameters that are no convolution's: BatchNorm and the classifier
 NETWORK = "wrn_28_10"
+TILES = (2, 2)  # of a repeated convolution, over its output and its input channels
+SWISH_FLOPS = 20  # of a value and of its gradient, mostly the exponential
 
 
 def convolutions() -> list[tuple[int, int, int, int]]:
@@ -31,21 +36,44 @@ def convolutions() -> list[tuple[int, int, int, int]]:
 WEIGHTS = sum(out * into * k * k for out, into, k, _ in convolutions())
 
 
-@dataclass(frozen=True)
-class Composition:
+class MadeWeights(ABC):
     """A case's network in the place of networks.Network."""
 
-    percent: int
     what: str  # forward | backward | step
+    name: str
+    peers: tuple[str, ...]  # providers in plain PyTorch
+    source: int  # values
+    weights: int  # values
 
     depth = 28
+
+    @abstractmethod
+    def flops(self, batch: int) -> int: ...
+
+    def bytes(self, batch: int, dtype: str) -> int:
+        item = {"float32": 4, "bfloat16": 2}[dtype]
+        return item * (self.source * (2 if self.what == "backward" else 1) + self.weights)
+
+
+@dataclass(frozen=True)
+class Composition(MadeWeights):
+    """From a bank that leaves the network so many per cent of its parameters."""
+
+    percent: int
+    what: str
+
+    weights = WEIGHTS
 
     @property
     def name(self) -> str:
         return f"{NETWORK}_{self.percent}%_{self.what}"
 
     @property
-    def bank(self) -> int:
+    def peers(self) -> tuple[str, ...]:
+        return ("eager",) if self.what == "step" else ("product", "broadcast sum")
+
+    @property
+    def source(self) -> int:
         """Values of the bank; its coefficients, some hundred, are counted as if they were in it."""
         return round(self.percent / 100 * (WEIGHTS + KEPT)) - KEPT
 
@@ -55,13 +83,32 @@ class Composition:
             return batch * 3 * sum(2 * out * into * k * k * side**2 for out, into, k, side in convolutions())
         return (2 if self.what == "forward" else 4) * WEIGHTS
 
-    def bytes(self, batch: int, dtype: str) -> int:
-        item = {"float32": 4, "bfloat16": 2}[dtype]
-        return item * (self.bank * (2 if self.what == "backward" else 1) + WEIGHTS)
+
+@dataclass(frozen=True)
+class Repetition(MadeWeights):
+    """Repeated weights, of all convolutions but that of the image."""
+
+    what: str
+
+    weights = sum(out * into * k * k for out, into, k, _ in convolutions()[1:])
+    peers = ("eager",)
+
+    @property
+    def name(self) -> str:
+        return f"{NETWORK}_repeated_{self.what}"
+
+    @property
+    def source(self) -> int:
+        """Values that are repeated; alpha and beta, two for each of some hundred tiles, are left out."""
+        return sum(-(-out // TILES[0]) * -(-into // TILES[1]) * k * k for out, into, k, _ in convolutions()[1:])
+
+    def flops(self, batch: int) -> int:
+        return SWISH_FLOPS * self.weights
 
 
 COMPOSITIONS = (
     *(Composition(percent, what) for percent in (10, 25, 50, 100) for what in ("forward", "backward")),
+    *(Repetition(what) for what in ("forward", "backward")),
     Composition(STEP_PERCENT, "step"),
 )
 

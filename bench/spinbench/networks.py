@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from spinbench.compositions import COMPOSITIONS, STEP_BATCH, Composition
+from spinbench.compositions import COMPOSITIONS, STEP_BATCH, MadeWeights
 
 # Of polynomials of the usual accuracy: about 7 multiply-adds and a blend for GELU; one maximum for ReLU.
 ACTIVATION_FLOPS = {"gelu": 16, "gelu_tanh": 16, "silu": 16, "relu": 1, "identity": 0}
@@ -80,7 +80,7 @@ def floor_ms(flops: int, bytes: int, dtype: str, peaks: dict[str, float]) -> flo
 
 @dataclass(frozen=True)
 class Case:
-    network: Network | Composition
+    network: Network | MadeWeights
     batch: int
     dtype: str
     training: bool = False  # a step, bfloat16 by autocast, instead of a forward pass
@@ -127,9 +127,9 @@ SUITES = {
 TRAIN_BATCH = {TRAIN[0].name: 4, TRAIN[1].name: 32}
 
 
-def batches_of(suite: str, network: Network | Composition, device: str) -> list[int]:
+def batches_of(suite: str, network: Network | MadeWeights, device: str) -> list[int]:
     """Where none are asked for; on a GPU those that fill it come first, for a run that is cut short."""
-    if isinstance(network, Composition):
+    if isinstance(network, MadeWeights):
         return [STEP_BATCH if network.what == "step" else 1]
     if device == "cuda":
         return {"networks": [64, 1, 256, 16], "train": [32, 128]}.get(suite, [64])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from spinbench.compositions import Composition
+from spinbench.compositions import MadeWeights
 from spinbench.networks import Case, Network
 
 START_SECONDS = 60
@@ -163,7 +163,7 @@ class WorkerState:
         import torch
 
         torch.set_num_threads(self.threads)
-        if isinstance(network, Composition):
+        if isinstance(network, MadeWeights):
             from spinbench import composing
 
             found = {"reference": composing.reference(network, batch, seed), "seed": seed}
@@ -198,7 +198,7 @@ class WorkerState:
         torch.set_grad_enabled(case.training)
         torch.compiler.reset()
         data = torch.load(self.folder / f"{case.network.name}.pt")
-        if isinstance(case.network, Composition):
+        if isinstance(case.network, MadeWeights):
             from spinbench import composing
 
             torch.set_grad_enabled(True)
