@@ -17,7 +17,7 @@ sys.path.insert(0, str(BENCH))
 
 from spinbench import catalog, compositions, networks, report, session, timing  # noqa: E402
 from spinbench.machine import Ceilings  # noqa: E402
-from spinbench.worker import Worker, WorkerFailed  # noqa: E402
+from spinbench.worker import Worker, WorkerFailed, errors_of  # noqa: E402
 
 TINY = networks.Network("tiny", 4, 2, 3, 8, 4, classes=5, activation="relu", rate=2)
 TINY_BLOCKS = networks.Network("tiny_blocks", 16, 3, 3, 6, activation="gelu", pw_residual=True, rate=2)
@@ -360,6 +360,35 @@ def test_bytes_of_repetitions():
     source, weights = sum(layer.weight.numel() for layer in layers), sum(w.numel() for w in layers.compose())
     assert compositions.Repetition("forward").bytes(1, "float32") == 4 * (source + weights)
     assert compositions.Repetition("backward").bytes(1, "float32") == 4 * (2 * source + weights)
+
+
+def test_who_makes_weights():
+    names = catalog.select("compose", "cpu", None)
+    for made in compositions.COMPOSITIONS:
+        part = [name for name in names if catalog.takes_part(name, made)]
+        assert part == ["spin", *made.peers, *(["copy"] if made.what != "step" else [])]
+
+
+def test_a_copy_moves_the_least_bytes():
+    from spinbench import composing
+
+    case = networks.Case(TINY, 1, "float32")
+    target = composing.copying(case)()
+    assert 2 * target.nbytes == case.bytes
+    assert target.eq(1).all()
+    assert errors_of(None, target) == {"error": None, "max_error": None}
+
+
+def test_a_copy_is_no_peer(capsys):
+    rows = [measured("spin", 4.0), measured("eager", 8.0), measured("copy", 3.0, error=None, max_error=None)]
+    rows = report.finish(rows, PEAKS)
+    assert [row["ratio"] for row in rows] == [2.0, 2.0, 0.75]
+    assert report.geometric_means(rows) == [("float32", pytest.approx(2.0), 1)]
+    report.show(Console(width=120), rows, [], Ceilings(PEAKS, 0.0))
+    printed = capsys.readouterr().out
+    assert "eager*" in printed
+    assert "copy*" not in printed
+    assert "tiny float32: 0.2 GB/s of its least bytes, 75% of what Tensor.copy_ reached in the same bursts" in printed
 
 
 def test_a_step_is_the_same_with_weights_of_its_own():

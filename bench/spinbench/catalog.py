@@ -16,6 +16,7 @@ PEERS = {  # the name --peers takes -> its variants
     "onnxruntime": ("onnxruntime",),
 }
 COMPOSING_PEERS = {"product": ("product",), "broadcast": ("broadcast sum",), "eager": ("eager",)}
+COPY = "copy"  # Tensor.copy_ of a case's least bytes, half of them read and half written: a ceiling, not a peer
 TRAINING_PEERS = ("eager", "compile", "autotune", "graphs")
 DEVICE_PEERS = {
     "cpu": ("eager", "compile", "openvino", "onnxruntime"),
@@ -33,7 +34,7 @@ def peers_of(suite: str, device: str) -> tuple[str, ...]:
 def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
     """The providers of a run: ours, then all variants of the peers (None: all; eager for blocks)."""
     if suite == "compose":
-        return ["spin", *(variant for peer in peers or COMPOSING_PEERS for variant in COMPOSING_PEERS[peer])]
+        return ["spin", *(variant for peer in peers or COMPOSING_PEERS for variant in COMPOSING_PEERS[peer]), COPY]
     ours = TRAINING if suite == "train" else INFERENCE
     if device == "cuda":
         ours += (CAPTURED,)
@@ -43,8 +44,14 @@ def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
 
 
 def takes_part(provider: str, network: object) -> bool:
-    """Weights have peers of their own."""
-    return not isinstance(network, MadeWeights) or provider in ("spin", *network.peers)
+    """Weights have peers of their own; no copy stands beside a step, which is bound by its convolutions."""
+    if not isinstance(network, MadeWeights):
+        return True
+    return provider in ("spin", *network.peers) or (provider == COPY and network.what != "step")
+
+
+def is_peer(provider: str) -> bool:
+    return provider not in (*OURS, COPY)
 
 
 def unsupported(provider: str, dtype: str) -> str | None:

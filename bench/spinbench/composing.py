@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spin_kernels as spin
+from spinbench.catalog import COPY
 from spinbench.compositions import NETWORK, SIDE, TILES, MadeWeights, Repetition
 from spinbench.networks import Case
 
@@ -57,8 +58,10 @@ def reference(made: MadeWeights, batch: int, seed: int) -> Tensor:
     return flat(grads)
 
 
-def prepare(provider: str, case: Case, seed: int) -> tuple[Callable[[], Any], Tensor, dict[str, float]]:
-    """The call that is timed, its result as one float32 tensor, and figures of the provider."""
+def prepare(provider: str, case: Case, seed: int) -> tuple[Callable[[], Any], Tensor | None, dict[str, float]]:
+    """The call that is timed, its result as one float32 tensor (None of a copy), and figures of the provider."""
+    if provider == COPY:
+        return copying(case), None, {}
     made, dtype = case.network, getattr(torch, case.dtype)
     network = network_of(made, seed)
     if made.what == "step":
@@ -88,6 +91,14 @@ def prepare(provider: str, case: Case, seed: int) -> tuple[Callable[[], Any], Te
         return torch.autograd.grad(weights, leaves, grads, retain_graph=True)
 
     return backward, flat(backward()).float(), {}
+
+
+def copying(case: Case) -> Callable[[], Tensor]:
+    """copy_ of half the case's least bytes, which reads and writes as many as the case has."""
+    dtype = getattr(torch, case.dtype)
+    values = torch.ones(case.bytes // (2 * dtype.itemsize), dtype=dtype)
+    target = torch.zeros_like(values)
+    return lambda: target.copy_(values)
 
 
 def flat(tensors: Any) -> Tensor:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spinbench.catalog import OURS
+from spinbench.catalog import COPY, OURS, is_peer
 from spinbench.compositions import shares
 from spinbench.machine import Ceilings
 from spinbench.networks import floor_ms
@@ -25,13 +25,13 @@ def case_of(row: dict) -> tuple:
 
 
 def finish(rows: list[dict], peaks: dict[str, float]) -> list[dict]:
-    """Adds floor_ms, fraction (floor / ms), ratio (ours: best peer / ms; a peer: ms / best of ours), pace (part of
-    the float32 peak that the machine gave in the same minute)."""
+    """Adds floor_ms, fraction (floor / ms), ratio (ours: best peer / ms; others: ms / best of ours), pace (part of the
+    float32 peak that the machine gave in the same minute)."""
     finished = []
     for _, group in groupby(rows, case_of):
         group = list(group)
         ours = min((row["ms"] for row in group if row["provider"] in OURS), default=None)
-        peer = min((row["ms"] for row in group if row["provider"] not in OURS), default=None)
+        peer = min((row["ms"] for row in group if is_peer(row["provider"])), default=None)
         for row in group:
             floor = floor_ms(row["flops"], row["bytes"], row["dtype"], peaks) if peaks else None
             mine = row["provider"] in OURS
@@ -66,12 +66,12 @@ def show(console: Console, rows: list[dict], failures: list[dict], ceilings: Cei
     if rows:
         console.print(table(rows))
         console.print("floor: the part of it that was reached; error: relative L2; *: the best of each side")
-        console.print("ratio: for ours best peer / ours, for a peer its time / ours")
+        console.print("ratio: for ours best peer / ours, for others their time / ours")
         if is_training(rows):
             console.print("fwd, bwd: floor of either pass; MB held between them, and at the peak of a step")
         console.print("machine at: multiply-adds in registers during the same bursts / the best of the run")
     console.print(describe(ceilings), highlight=False)
-    for line in shares(rows):
+    for line in (*shares(rows), *beside_copies(rows)):
         console.print(line, highlight=False)
     for dtype, mean, count in geometric_means(rows):
         console.print(
@@ -110,8 +110,8 @@ def table(rows: list[dict]) -> Table:
         group = list(group)
         best = {
             min(side, key=lambda row: row["ms"])["provider"]
-            for mine in (True, False)
-            if (side := [row for row in group if (row["provider"] in OURS) == mine])
+            for belongs in (OURS.__contains__, is_peer)
+            if (side := [row for row in group if belongs(row["provider"])])
         }
         lines = [net, f"  batch {batch}, {dtype}"]
         if group[0]["pace"]:
@@ -136,7 +136,7 @@ def cells_of(row: dict, best: bool, per_block: bool, training: bool) -> list[str
         f"{row['fraction']:.0%}" if row["fraction"] else "-",
         *(fractions_of_passes(row) if training else []),
         f"{row['ratio']:.2f}" if row["ratio"] else "-",
-        f"{row['error']:.1e}",
+        f"{row['error']:.1e}" if row["error"] is not None else "-",
         *([f"{row['held_mb']:.0f}", f"{row['peak_mb']:.0f}"] if training else []),
     ]
 
@@ -160,6 +160,18 @@ def geometric_means(rows: list[dict]) -> list[tuple[str, float, int]]:
         ratios = [ratio for key, ratio in best.items() if key[2] == dtype]
         means.append((dtype, math.exp(sum(map(math.log, ratios)) / len(ratios)), len(ratios)))
     return means
+
+
+def beside_copies(rows: list[dict]) -> list[str]:
+    """Of every case with a copy of its least bytes: how fast ours moves them, and as a share of the copy's rate."""
+    lines = []
+    for (net, _, dtype), group in groupby(rows, case_of):
+        rate = {row["provider"]: row["bytes"] / row["ms"] / 1e6 for row in group}
+        ours = max((rate[name] for name in rate if name in OURS), default=None)
+        if ours and COPY in rate:
+            share = f"{ours / rate[COPY]:.0%} of what Tensor.copy_ reached in the same bursts"
+            lines.append(f"{net} {dtype}: {ours:.1f} GB/s of its least bytes, {share}")
+    return lines
 
 
 def reason_of(failure: dict) -> tuple[str, str]:

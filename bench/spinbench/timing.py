@@ -32,7 +32,7 @@ class Method:
 class Result:
     """What one provider did on one case: checked errors, then the median ms of each burst."""
 
-    errors: dict[str, float]
+    errors: dict[str, float | None]
     bursts: list[float] = field(default_factory=list)
 
     @property

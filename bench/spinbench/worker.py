@@ -187,7 +187,7 @@ class WorkerState:
         torch.save({"state": state, "x": x, "reference": reference.cpu()}, self.folder / f"{network.name}.pt")
         self.release()
 
-    def prepare(self, case: Case) -> dict[str, float]:
+    def prepare(self, case: Case) -> dict[str, float | None]:
         """Build this worker's provider and compare its output; answers relative L2 and max error."""
         import torch
 
@@ -261,10 +261,12 @@ class WorkerState:
             torch.cuda.empty_cache()
 
 
-def errors_of(output, reference) -> dict[str, float]:
-    """Relative L2 and largest error of a float32 result against the float64 one."""
+def errors_of(output, reference) -> dict[str, float | None]:
+    """Relative L2 and largest error of a float32 result against the float64 one; None of what computes nothing."""
     import torch
 
+    if output is None:
+        return {"error": None, "max_error": None}
     if output.dtype != torch.float32 or output.shape != reference.shape:
         raise RuntimeError(f"its output is {output.dtype} {tuple(output.shape)}")
     difference = output.double().cpu() - reference
