@@ -367,6 +367,7 @@ def test_who_makes_weights():
     for made in compositions.COMPOSITIONS:
         part = [name for name in names if catalog.takes_part(name, made)]
         assert part == ["spin", *made.peers, *(["copy"] if made.what != "step" else [])]
+    assert catalog.select("compose", "cpu", []) == ["spin", "copy"]
 
 
 def test_a_copy_moves_the_least_bytes():

@@ -34,7 +34,8 @@ def peers_of(suite: str, device: str) -> tuple[str, ...]:
 def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
     """The providers of a run: ours, then all variants of the peers (None: all; eager for blocks)."""
     if suite == "compose":
-        return ["spin", *(variant for peer in peers or COMPOSING_PEERS for variant in COMPOSING_PEERS[peer]), COPY]
+        names = COMPOSING_PEERS if peers is None else peers
+        return ["spin", *(variant for peer in names for variant in COMPOSING_PEERS[peer]), COPY]
     ours = TRAINING if suite == "train" else INFERENCE
     if device == "cuda":
         ours += (CAPTURED,)
