@@ -1,6 +1,7 @@
-"""Predicts what the Triton kernels take on a GPU that is not here: `python bench/predict.py` prints a table.
+"""Predicts what the GPU kernels take on a GPU that is not here: `python bench/predict.py` prints a table.
 
-The cost models of the kernels' headers, added up in the order in which triton_ops/mixer.py and training.py launch them.
+The cost models of the kernels' headers, added up in the order in which triton_ops/mixer.py, training.py and
+csrc/cuda/mixer.cu launch them.
 A kernel takes the longest of: its products on the tensor cores, its other operations on the lanes, its bytes. Nothing
 in here was measured; a figure from it is a prediction, to be held against bench/run.py --device cuda.
 """
@@ -84,6 +85,28 @@ def inference(network: Network, batch: int, rates: Rates) -> float:
     return total
 
 
+def hopper(network: Network, batch: int, rates: Rates) -> float | None:
+    """Of the blocks through csrc/cuda, by the model in mixer_shape.h; None where a plane does not fit its tile."""
+    side = round(network.tokens**0.5)
+    if -(-side // 2) * 2 * (-(-side // 8) * 8) > 256:
+        return None
+    clock, processors = 1.755e9, configs.DEVICES["sm_90"].processors
+    act = {"relu": 1, "gelu": 17}[network.activation]
+    image_rows = sum(min(network.kernel, network.kernel // 2 + 1 + min(r, side - 1 - r)) for r in range(side)) / side
+    finish, convolution = 128 + 112 * network.pw_residual + 32 * act, 208 + 32 * act
+    convolution += image_rows * {3: 171, 5: 233, 7: 209, 9: 235}[network.kernel]
+    product = 128 * 256 * network.dim / 2048 / 0.8 + 700
+    tiles = batch * math.ceil(network.dim / 128)
+    waves = math.ceil(tiles / processors)
+
+    def launch(*clocks: float) -> float:
+        moved = 2 * ITEM * batch * network.tokens * network.dim / rates.memory
+        return max(waves * max(clocks) / clock, moved) + rates.launch
+
+    middle = launch(product, 8 * (finish + convolution))
+    return launch(8 * convolution) + (network.depth - 1) * middle + launch(product, 8 * finish)
+
+
 def training(network: Network, batch: int, rates: Rates) -> float:
     """Forward and backward of the blocks with batch statistics: what training.py launches for one, depth times."""
     tokens, c = batch * network.tokens, network.dim
@@ -120,7 +143,11 @@ def main() -> None:
         times = [inference(network, batch, rates) for batch in BATCHES]
         times += [training(network, batch, rates) for batch in TRAINING_BATCHES]
         table.add_row(network.name, *(f"{1e3 * time:.3g}" for time in times))
-    Console(width=140).print(table)
+        if all(own := [hopper(network, batch, rates) for batch in BATCHES]):
+            per_block = 1e6 * own[-1] / BATCHES[-1] / network.depth
+            note = f"{network.name}, csrc/cuda, {per_block:.2f} us per image and block"
+            table.add_row(note, *(f"{1e3 * time:.3g}" for time in own), "", "")
+    Console(width=180).print(table)
     free = replace(rates, lanes=math.inf, l2=math.inf, memory=math.inf, launch=0.0)
     parts = [inference(network, 256, free) / inference(network, 256, rates) for network in LARGE]
     print("products' part of the time at batch 256: " + ", ".join(f"{part:.0%}" for part in parts))

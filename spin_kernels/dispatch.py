@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
+from . import _library, checks
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -90,6 +90,40 @@ def _triton_mixer_refusal(args: Sequence[Any]) -> str | None:
     return None
 
 
+# Of the Hopper kernel (csrc/cuda/mixer_shape.h): what its tiles, of 128 channels, can hold.
+HOPPER_CHANNELS = (8, 2048)
+HOPPER_KERNEL_SIZES = (3, 5, 7, 9)
+HOPPER_PLACES = 256  # of a plane whose rows are padded to groups of 8, two at a time
+HOPPER_TILES = 64  # below, half of the GPU is idle, and smaller tiles win
+
+
+def _hopper_refusal(args: Sequence[Any]) -> str | None:
+    x, dw_weight, pw_index = args[0], args[1], args[len(MIXER_TENSORS)]
+    (batch, channels, height, width), kernel = x.shape, dw_weight.shape[-1]
+    pair = 2 * height * (-(-width // 8) * 8)  # places of two images
+    tiles = -(-batch // max(1, 2 * (HOPPER_PLACES // max(1, pair)))) * (channels // 128)
+    if x.device.type != "cuda":
+        return "x is not on a GPU"
+    forced = os.environ.get("SPIN_BACKEND") == "cuda"
+    if not forced and os.environ.get("SPIN_HOPPER") != "1":
+        return "it has not run on a GPU yet and is off (SPIN_HOPPER=1 turns it on)"
+    if not forced and tiles < HOPPER_TILES:
+        return f"{tiles} tiles of 128 channels leave most of the GPU idle"
+    if not _library.HAS_CUDA_LIBRARY:
+        return "the CUDA library is not built"
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability(x.device) != (9, 0):
+        return "the GPU is no Hopper (sm_90)"
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return "x is neither bfloat16 nor float16"
+    if channels % 8 or not HOPPER_CHANNELS[0] <= channels <= HOPPER_CHANNELS[1]:
+        return f"channels are no multiple of 8 from {HOPPER_CHANNELS[0]} to {HOPPER_CHANNELS[1]}"
+    if kernel not in HOPPER_KERNEL_SIZES:
+        return f"the kernel size is none of {', '.join(map(str, HOPPER_KERNEL_SIZES))}"
+    if -(-height // 2) * 2 * (-(-width // 8) * 8) > HOPPER_PLACES:
+        return f"a plane of {height} x {width} does not fit a tile of {HOPPER_PLACES} places"
+    return "there is nothing to compute" if x.numel() == 0 or len(pw_index) == 0 else None
+
+
 def _triton_weights_refusal(args: Sequence[Any]) -> str | None:
     if refusal := _triton_refusal(args[0], "the weights are"):
         return refusal
@@ -102,7 +136,13 @@ def _triton_weights_refusal(args: Sequence[Any]) -> str | None:
 KERNELS: dict[str, tuple[Kernel, ...]] = {
     "mixer": (
         Kernel("cpu", "_mixer_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),
+        Kernel("cuda", "_mixer_cuda", _hopper_refusal, "the tensors are on a Hopper GPU and its planes fit a tile"),
         Kernel("triton", "triton_ops.mixer", _triton_mixer_refusal, "the tensors are on a GPU"),
+    ),
+    # Forward that keeps what backward needs, or measures the batch's statistics.
+    "mixer_train": (
+        Kernel("cpu", "_mixer_train_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),
+        Kernel("triton", "triton_ops.training", _triton_mixer_refusal, "the tensors are on a GPU"),
     ),
     "mixer_backward": (
         Kernel("cpu", "_mixer_backward_cpu", _cpu_mixer_refusal, "the tensors are on the CPU"),
@@ -116,9 +156,6 @@ KERNELS: dict[str, tuple[Kernel, ...]] = {
     for name, module in (("compose_superweights", "compose"), ("repeat_weight", "repeat"))
     for op in (name, f"{name}_backward")
 }
-
-# Backend -> the mixer's forward kernel that keeps what backward needs, or measures the batch's statistics.
-TRAINING_FORWARD = {"cpu": "_mixer_train_cpu", "triton": "triton_ops.training"}
 
 
 def choose(op: str, args: Sequence[Any]) -> Choice:
@@ -199,13 +236,12 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     else:
         raise ValueError(f"op: expected a public operator of spin_kernels, got {name!r}")
 
-    choice = choose(family, arguments)
     backward = None
     if needs_gradient(*(a for a in arguments if isinstance(a, Tensor))):
         backward = choose(f"{family}_backward", arguments).backend
+    trains = family == "mixer" and (backward is not None or arguments[-1] is not None)
+    choice = choose("mixer_train" if trains else family, arguments)
     kernel = choice.kernel
-    if family == "mixer" and (backward is not None or arguments[-1] is not None):
-        kernel = TRAINING_FORWARD.get(choice.backend, kernel)
     if choice.backend == "cpu":
         # What makes weights computes in float32, whatever their type.
         dtype = str(arguments[0].dtype).removeprefix("torch.") if family == "mixer" else "float32"

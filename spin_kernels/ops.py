@@ -79,18 +79,20 @@ def _run_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _refuse_forward_mode()
     checks.mixer(*args)
     x = args[0]
-    backend = dispatch.choose("mixer", args).backend
+    *arguments, eps = args
+    trains = eps is not None or bool(save)
+    backend = dispatch.choose("mixer_train" if trains else "mixer", args).backend
     if backend == "triton":
         from triton_ops import mixer, training  # only where triton is installed
 
-        *arguments, eps = args
-        if eps is None and not save:
-            return mixer.mixer(*arguments), _empty(x), _empty(x), _empty(x)
-        return training.forward(*arguments, eps=eps, save=save)
-    if backend == "cpu":
-        if args[-1] is None and not save:
-            return _mixer_cpu(*args[:-1]), _empty(x), _empty(x), _empty(x)
+        if trains:
+            return training.forward(*arguments, eps=eps, save=save)
+        return mixer.mixer(*arguments), _empty(x), _empty(x), _empty(x)
+    if backend == "cpu" and trains:
         return _mixer_train_cpu(*args, save)
+    if backend in ("cpu", "cuda"):
+        kernel = _mixer_cpu if backend == "cpu" else _mixer_cuda
+        return kernel(*arguments), _empty(x), _empty(x), _empty(x)
     y, dw_stats, pw_stats = _reference_mixer(*args)
     if dw_stats is None or pw_stats is None:
         return y, _empty(x), _empty(x), _empty(x)
@@ -101,7 +103,8 @@ def _fake_mixer(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     checks.mixer(*args[:-1])
     x, pw_index, pw_residual, eps, save = args[0], args[_TENSORS], *args[-3:]
     y = torch.empty_like(x, memory_format=reference.output_format(x))
-    saved, backend = _empty(x), dispatch.choose("mixer", args[:-1]).backend
+    saved = _empty(x)
+    backend = dispatch.choose("mixer_train", args[:-1]).backend if eps is not None or save else None
     if backend == "cpu":
         saved = x.new_empty(_saved_elements(x, len(pw_index), pw_residual, save))
     elif backend == "triton":
@@ -393,6 +396,7 @@ _repeat_backward = _register(
     "_repeat_weight_backward", _run_repeat_backward, _fake_repeat_backward, None, _refuse_second_derivative
 )
 _mixer_cpu = torch.ops.spin._mixer_cpu.default
+_mixer_cuda = torch.ops.spin._mixer_cuda.default
 _mixer_train_cpu = torch.ops.spin._mixer_train_cpu.default
 _mixer_backward_cpu = torch.ops.spin._mixer_backward_cpu.default
 for _public in ("shared_mixer_block", "shared_mixer_block_train", "compose_superweights", "repeat_weight"):

@@ -1,10 +1,13 @@
 """Which backend takes a call, what SPIN_BACKEND forces, what explain says."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from arguments import compose_arguments, mixer_arguments, repeat_arguments
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spin_kernels import dispatch, functional
@@ -15,6 +18,7 @@ spin = torch.ops.spin
 @pytest.fixture(autouse=True)
 def no_forced_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SPIN_BACKEND", raising=False)
+    monkeypatch.delenv("SPIN_HOPPER", raising=False)
 
 
 def backend(op: str = "shared_mixer_block", eps: float | None = None, **changes: Any) -> str:
@@ -146,3 +150,49 @@ def test_explain_refuses_what_the_call_would() -> None:
         dispatch.explain("shared_mixer_block", torch.randn(1, 2, 3, 4))
     with pytest.raises(TypeError, match=r"no argument 'gain'"):
         dispatch.explain("shared_mixer_block", **mixer_arguments(), gain=None)
+
+
+# What turns the Hopper kernel down, and changes of a call that it would take.
+HOPPER_CASES = {
+    None: {},
+    "it has not run on a GPU yet and is off (SPIN_HOPPER=1 turns it on)": {"hopper": None},
+    "the CUDA library is not built": {"library": False},
+    "the GPU is no Hopper (sm_90)": {"capability": (10, 0)},
+    "x is neither bfloat16 nor float16": {"dtype": torch.float32},
+    "0 tiles of 128 channels leave most of the GPU idle": {"channels": 120},
+    "63 tiles of 128 channels leave most of the GPU idle": {"batch": 63},
+    "48 tiles of 128 channels leave most of the GPU idle": {"batch": 64, "channels": 384, "height": 8, "width": 8},
+    "channels are no multiple of 8 from 8 to 2048": {"channels": 132},
+    "the kernel size is none of 3, 5, 7, 9": {"kernel": 11},
+    "a plane of 17 x 9 does not fit a tile of 256 places": {"height": 17, "width": 9},
+    "there is nothing to compute": {"depth": 0},
+}
+
+
+@pytest.mark.parametrize("refusal", list(HOPPER_CASES))
+def test_where_the_hopper_kernel_serves(refusal: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU: the tensors are fake, and so is what the machine says of itself."""
+    changes = {"hopper": "1", "library": True, "capability": (9, 0)} | HOPPER_CASES[refusal]
+    if changes["hopper"]:
+        monkeypatch.setenv("SPIN_HOPPER", changes.pop("hopper"))
+    monkeypatch.setattr("spin_kernels._library.HAS_CUDA_LIBRARY", changes.pop("library"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    capability = changes.pop("capability")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    changes.pop("hopper", None)
+    shape = {"batch": 64, "channels": 128, "height": 15, "width": 16, "kernel": 3, "dtype": torch.bfloat16} | changes
+    arguments = mixer_arguments(**shape)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = {n: torch.empty_like(a, device="cuda") if isinstance(a, Tensor) else a for n, a in arguments.items()}
+        if refusal is None:
+            explanation = dispatch.explain("shared_mixer_block", **on_gpu)
+            assert (explanation.backend, explanation.kernel) == ("cuda", "_mixer_cuda")
+            assert dispatch.explain("shared_mixer_block_train", **on_gpu).backend in ("triton", "reference")
+        else:
+            assert dispatch.explain("shared_mixer_block", **on_gpu).backend in ("triton", "reference")
+            monkeypatch.setenv("SPIN_BACKEND", "cuda")
+            if "is off" in refusal or "idle" in refusal:
+                assert dispatch.explain("shared_mixer_block", **on_gpu).backend == "cuda"
+            else:
+                with pytest.raises(RuntimeError, match=re.escape(refusal)):
+                    dispatch.explain("shared_mixer_block", **on_gpu)

@@ -10,7 +10,7 @@ struct Call {
   DType type;
   const char* bank;
   const float* coefficients;
-  std::vector<Tensor> keep;
+  Keep keep;
 };
 
 Call read(const Tensor& bank, const Tensor& coefficients, const std::vector<int64_t>& pieces,

@@ -8,7 +8,7 @@ namespace {
 struct Call {
   RepeatShape shape;
   RepeatWeights weights;
-  std::vector<Tensor> keep;
+  Keep keep;
 };
 
 Call read(const Tensor& weight, const std::optional<Tensor>& alpha, const std::optional<Tensor>& beta,

@@ -1,4 +1,4 @@
-// What the CPU operators have in common: tensors as raw pointers, torch's threads, pooled memory.
+// What the operators have in common: tensors as raw pointers, torch's threads, pooled memory.
 //
 // Arguments were checked in Python (spin_kernels/checks.py), with the messages that users see. What is checked again in
 // C++, briefly, is whatever could make a kernel read out of bounds.
@@ -30,7 +30,6 @@ inline Parallel torch_parallel() {
 }
 
 inline DType dtype_of(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, ": expected a CPU tensor");
   switch (t.scalar_type()) {
     case ScalarType::Float:
       return DType::kFloat32;
@@ -44,22 +43,36 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   return DType::kFloat32;
 }
 
-// A contiguous tensor of the given shape and type (a copy where needed; `keep` owns it).
+// Owns what pointers point into, all on one kind of device.
+struct Keep {
+  bool cuda = false;
+  std::vector<Tensor> tensors;
+
+  void check(const Tensor& t, const char* name) const {
+    STD_TORCH_CHECK(cuda ? t.is_cuda() : t.is_cpu(), name, ": expected a ", cuda ? "CUDA" : "CPU", " tensor");
+  }
+};
+
+// The values of a contiguous tensor of the given shape and type (a copy where needed); on a GPU on a multiple of 16
+// bytes.
 inline const char* data_of(const Tensor& t, DType type, std::initializer_list<int64_t> shape, const char* name,
-                           std::vector<Tensor>& keep) {
+                           Keep& keep) {
+  keep.check(t, name);
   bool same = t.dim() == int64_t(shape.size()) && dtype_of(t, name) == type;
   for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(i) == shape.begin()[i];
   STD_TORCH_CHECK(same, name, ": shape or dtype does not fit the other arguments");
-  keep.push_back(t.is_contiguous() ? t : torch::stable::contiguous(t));
-  return static_cast<const char*>(keep.back().const_data_ptr());
+  Tensor values = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  if (keep.cuda && reinterpret_cast<uintptr_t>(values.const_data_ptr()) % 16 != 0)
+    values = torch::stable::clone(values);
+  keep.tensors.push_back(values);
+  return static_cast<const char*>(values.const_data_ptr());
 }
 inline const char* data_of(const std::optional<Tensor>& t, DType type, std::initializer_list<int64_t> shape,
-                           const char* name, std::vector<Tensor>& keep) {
+                           const char* name, Keep& keep) {
   return t ? data_of(*t, type, shape, name, keep) : nullptr;
 }
 template <class MaybeTensor>
-const float* floats_of(const MaybeTensor& t, std::initializer_list<int64_t> shape, const char* name,
-                       std::vector<Tensor>& keep) {
+const float* floats_of(const MaybeTensor& t, std::initializer_list<int64_t> shape, const char* name, Keep& keep) {
   return reinterpret_cast<const float*>(data_of(t, DType::kFloat32, shape, name, keep));
 }
 
