@@ -81,7 +81,15 @@ def test_unusual_tensors(name: str, kind: str) -> None:
                 continue  # infinity times the padding's zeros: libraries differ
             got = op(**arguments | {key: changed})
             expected = ref(**arguments | {key: changed.resolve_neg()})
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4, equal_nan=True, msg=lambda m: f"{key}: {m}")  # noqa: B023
+        cancelled = 1e-5 * expected[expected.isfinite()].abs().max().item() if kind == "huge" else 0.0
+        torch.testing.assert_close(
+            got,
+            expected,
+            rtol=1e-4,
+            atol=1e-4 + cancelled,
+            equal_nan=True,
+            msg=lambda m: f"{key}: {m}",  # noqa: B023
+        )
 
 
 def test_no_matrix_is_read_that_no_block_uses() -> None:
