@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 import cuda_report
@@ -52,3 +53,13 @@ def test_rows_of_seven_and_nine_taps_are_packed(kernels: dict[str, cuda_report.K
     for name, kernel in mixers(kernels).items():
         packed = name.startswith("mixer_kernel<BFloat16, 7") or name.startswith("mixer_kernel<BFloat16, 9")
         assert (kernel.instructions["HFMA2"] > 50) == packed, name
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this torch is built without CUDA")
+def test_it_loads_and_serves_cuda_tensors() -> None:
+    from spin_kernels import _library
+
+    if not cuda_report.LIBRARY.exists():
+        pytest.skip("libspin_cuda.so is not built: no nvcc here")
+    assert _library.HAS_CUDA_LIBRARY
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("spin::_mixer_cuda", "CUDA")
