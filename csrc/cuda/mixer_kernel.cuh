@@ -32,6 +32,7 @@ struct Gpu {
   __device__ void arrive(int i) const { ptx::barrier_arrive(barrier(i)); }
   __device__ void arrive_at(int i, int rank) const { ptx::barrier_arrive_at(barrier(i), rank); }
   __device__ void arrive_expecting(int i, int bytes) const { ptx::barrier_arrive_expecting(barrier(i), bytes); }
+  __device__ void fence_copies() const { ptx::copies_fence(); }
   __device__ void sync_warp() const { __syncwarp(); }
   __device__ void sync_panel(int panel) const { ptx::named_barrier(1 + panel, 32 * kDepthwiseWarps / kPanels); }
 

@@ -110,6 +110,7 @@ SPIN_DEVICE void product_role(Machine& m, const Shape& shape, const Arguments& a
   }
   Copies next{m.cluster(), tile_of(shape, m.cluster(), m.rank())};
   for (int i = 0; copies && i < kStages; ++i) copy_step(m, shape, next);
+  m.sync_warp();  // products are for converged warps
 
   const int rows_at = m.warp() / 4 * kStep * kLineBytes;  // a warpgroup's 64 rows of W
   auto release = [&](int stage) {
@@ -327,6 +328,7 @@ SPIN_DEVICE void depthwise_role(Machine& m, const Shape& shape, const Arguments&
     if (shape.product) work.finish_product();
     if (shape.product && shape.depthwise) m.sync_panel(panel);
     if (shape.depthwise) work.convolve();
+    if (!shape.product) m.fence_copies();  // the next one writes where this read
     m.sync_warp();
     if (m.lane() == 0) m.arrive(kPlanesEmpty);
   }

@@ -89,6 +89,9 @@ __device__ __forceinline__ void copy_box_to(uint16_t blocks, uint32_t to, const 
       : "memory");
 }
 
+// Between what a thread has read or written itself and copies to there, by whoever learns of it from this thread.
+__device__ __forceinline__ void copies_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // ---- tensor cores ----
 
 template <int kRegisters>
