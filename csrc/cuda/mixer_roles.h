@@ -86,7 +86,9 @@ SPIN_DEVICE void leave_in_planes(Machine& m, const Shape& shape, const Arguments
     gain[i] = inside && a.gain ? m.load(a.gain + channel) : 1.0f;
     bias[i] = inside && a.pw_bias ? Value::unpack(m.load_one(a.pw_bias + channel)).first : 0.0f;
   }
-  // Of the four 8 x 8 matrices of an instruction, lane / 8 says whose line a lane's address is for.
+  // Of the four 8 x 8 matrices of an instruction, lane / 8 says whose line a lane's address is for: two of rows in turn,
+  // then two of columns, as the sums lie.
+  static_assert(sum_row(0, 2) == 8 && sum_column(0, 4) == 8 && sum_column(0, 8) == 16);
   const int line = lane / 16 * 8 + lane % 8, chunk = m.warp() % 4 * 2 + lane / 8 % 2;
   const int at = kPlanesAt + group * kPanelBytes + swizzled(line, chunk);
 #pragma unroll
