@@ -90,6 +90,7 @@ __global__ void __launch_bounds__(kThreads, 1) mixer_kernel(const __grid_constan
     ptx::prefetch_map(&launch.matrices);
     ptx::prefetch_map(&launch.tokens);
   }
+  __syncwarp();
   ptx::cluster_sync();  // no block may be written to before its barriers are there
 
   const int warp = gpu.warp();

@@ -31,7 +31,7 @@ struct Arguments {
 
 // The next of the steps of all tiles of a block, in order.
 struct Copies {
-  int tile;
+  int tiles, tile;
   Tile at;
   int step = 0;
   Ring ring;
@@ -40,7 +40,7 @@ struct Copies {
 // Starts the copies of the next step, if there is one, as soon as its stage is free in both blocks.
 template <class Machine>
 SPIN_DEVICE void copy_step(Machine& m, const Shape& shape, Copies& next) {
-  if (next.tile >= shape.tiles()) return;
+  if (next.tile >= next.tiles) return;
   const Geometry& g = shape.geometry;
   const int stage = next.ring.stage, column = next.step * kStep;
   m.wait(empty(stage), next.ring.phase ^ 1);
@@ -86,8 +86,8 @@ SPIN_DEVICE void leave_in_planes(Machine& m, const Shape& shape, const Arguments
     gain[i] = inside && a.gain ? m.load(a.gain + channel) : 1.0f;
     bias[i] = inside && a.pw_bias ? Value::unpack(m.load_one(a.pw_bias + channel)).first : 0.0f;
   }
-  // Of the four 8 x 8 matrices of an instruction, lane / 8 says whose line a lane's address is for: two of rows in turn,
-  // then two of columns, as the sums lie.
+  // Of the four 8 x 8 matrices of an instruction, lane / 8 says whose line a lane's address is for: two of rows in
+  // turn, then two of columns, as the sums lie.
   static_assert(sum_row(0, 2) == 8 && sum_column(0, 4) == 8 && sum_column(0, 8) == 16);
   const int line = lane / 16 * 8 + lane % 8, chunk = m.warp() % 4 * 2 + lane / 8 % 2;
   const int at = kPlanesAt + group * kPanelBytes + swizzled(line, chunk);
@@ -110,7 +110,8 @@ SPIN_DEVICE void product_role(Machine& m, const Shape& shape, const Arguments& a
     if (copies) copy_planes(m, shape);
     return;
   }
-  Copies next{m.cluster(), tile_of(shape, m.cluster(), m.rank())};
+  const int tiles = shape.tiles();
+  Copies next{tiles, m.cluster(), tile_of(shape, m.cluster(), m.rank())};
   for (int i = 0; copies && i < kStages; ++i) copy_step(m, shape, next);
   m.sync_warp();  // products are for converged warps
 
@@ -122,7 +123,7 @@ SPIN_DEVICE void product_role(Machine& m, const Shape& shape, const Arguments& a
   };
   Ring ring;
   int planes_phase = 1;
-  for (int tile = m.cluster(); tile < shape.tiles(); tile += m.clusters(), planes_phase ^= 1) {
+  for (int tile = m.cluster(); tile < tiles; tile += m.clusters(), planes_phase ^= 1) {
     float sums[128];
     int used = 0;  // the stage whose products are in flight
     for (int step = 0; step < shape.steps(); ++step, ring.next()) {
