@@ -1,0 +1,25 @@
+"""Which layers share templates and coefficients: the discrete part of SuperWeight Networks (arXiv 2312.01280).
+
+Pure functions over shapes, numbers and gradients that decide what the published code decides:
+
+- :mod:`.clusters`: layers into clusters by depth, and the levels of a cluster, from its smallest layer to its largest.
+- :mod:`.templates`: how many templates a budget buys for every level, and the window of them that each layer combines.
+- :mod:`.coefficients`: which layers start with the same coefficients.
+- :mod:`.priority`: the queue that puts things together by similarity; the next three use it.
+- :mod:`.splitting`, :mod:`.joining`: clusters split where gradients disagree; further networks join them.
+- :mod:`.unsharing`: layers get coefficients of their own where the gradients of shared ones disagree.
+
+===================  ==========================  ==========================================================
+here                 in the published code       meaning
+===================  ==========================  ==========================================================
+cluster              group                       layers of one kernel size that share templates
+level                width                       what a larger layer of a cluster adds to the next smaller one
+bank                 ParameterBank, group_width  the templates of one level of one cluster, one after another
+template             candidate                   numbers of the size of one level's piece of a weight
+window               layer_param_block           the templates of a bank that one layer combines
+vector, coefficient  ParameterCombiner           the factors of a window's templates; layers may share them
+===================  ==========================  ==========================================================
+
+Some rules depend on the order of layers or let a part of a budget or bank lie idle. They are kept, because published
+networks and results were made with them, and each is marked "as published" where it is.
+"""
