@@ -81,6 +81,7 @@ struct Gpu {
 
 template <class Value, int kKernel, int kWidth>
 __global__ void __launch_bounds__(kThreads, 1) mixer_kernel(const __grid_constant__ Launch launch) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // other targets have no such instructions, and the dispatcher does not come here
   extern __shared__ char unaligned[];
   char* memory = unaligned + (kAlignment - ptx::shared_address(unaligned) % kAlignment) % kAlignment;
   Gpu<Value> gpu{launch, memory, ptx::shared_address(memory)};
@@ -103,6 +104,7 @@ __global__ void __launch_bounds__(kThreads, 1) mixer_kernel(const __grid_constan
   }
   __syncwarp();
   ptx::cluster_sync();  // nor leave while the other may still write to it
+#endif
 }
 
 using Kernel = void (*)(const Launch);
