@@ -75,6 +75,9 @@ def described(name: str, size: list[str], code: str) -> Kernel:
 
 
 def main(library: Path = LIBRARY) -> int:
+    if not library.exists() or disassembler() is None:
+        print(f"expected {library}, built where nvcc is, and cuobjdump, of triton or the CUDA toolkit", file=sys.stderr)
+        return 2
     failed = False
     print(f"{'kernel':<44} registers  stack  instructions  tensor cores  waits  multiply-adds  loads")
     for k in kernels_of(library):

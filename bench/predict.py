@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from spinbench.networks import LARGE, Network
 
+from spin_kernels.dispatch import hopper_images
 from triton_ops import configs
 
 ITEM = 2  # bytes: bfloat16
@@ -88,7 +89,8 @@ def inference(network: Network, batch: int, rates: Rates) -> float:
 def hopper(network: Network, batch: int, rates: Rates) -> float | None:
     """Of the blocks through csrc/cuda, by the model in mixer_shape.h; None where a plane does not fit its tile."""
     side = round(network.tokens**0.5)
-    if -(-side // 2) * 2 * (-(-side // 8) * 8) > 256:
+    images = hopper_images(side, side)
+    if images == 0:
         return None
     clock, processors = 1.755e9, configs.DEVICES["sm_90"].processors
     act = {"relu": 1, "gelu": 17}[network.activation]
@@ -96,7 +98,7 @@ def hopper(network: Network, batch: int, rates: Rates) -> float | None:
     finish, convolution = 128 + 112 * network.pw_residual + 32 * act, 208 + 32 * act
     convolution += image_rows * {3: 171, 5: 233, 7: 209, 9: 235}[network.kernel]
     product = 128 * 256 * network.dim / 2048 / 0.8 + 700
-    tiles = batch * math.ceil(network.dim / 128)
+    tiles = math.ceil(batch / images) * math.ceil(network.dim / 128)
     waves = math.ceil(tiles / processors)
 
     def launch(*clocks: float) -> float:

@@ -93,22 +93,24 @@ def _triton_mixer_refusal(args: Sequence[Any]) -> str | None:
 # Of the Hopper kernel (csrc/cuda/mixer_shape.h): what its tiles, of 128 channels, can hold.
 HOPPER_CHANNELS = (8, 2048)
 HOPPER_KERNEL_SIZES = (3, 5, 7, 9)
-HOPPER_PLACES = 256  # of a plane whose rows are padded to groups of 8, two at a time
+HOPPER_PLACES = 256  # for tokens, rows padded to groups of 8
 HOPPER_TILES = 64  # below, half of the GPU is idle, and smaller tiles win
+
+
+def hopper_images(height: int, width: int) -> int:
+    """How many images a tile of the Hopper kernel holds, as geometry_of() there; 0: the plane is too large."""
+    columns = -(-width // 8) * 8
+    return 2 * (HOPPER_PLACES // (2 * height * columns)) or int((height + height % 2) * columns <= HOPPER_PLACES)
 
 
 def _hopper_refusal(args: Sequence[Any]) -> str | None:
     x, dw_weight, pw_index = args[0], args[1], args[len(MIXER_TENSORS)]
     (batch, channels, height, width), kernel = x.shape, dw_weight.shape[-1]
-    pair = 2 * height * (-(-width // 8) * 8)  # places of two images
-    tiles = -(-batch // max(1, 2 * (HOPPER_PLACES // max(1, pair)))) * (channels // 128)
     if x.device.type != "cuda":
         return "x is not on a GPU"
     forced = os.environ.get("SPIN_BACKEND") == "cuda"
     if not forced and os.environ.get("SPIN_HOPPER") != "1":
         return "it has not run on a GPU yet and is off (SPIN_HOPPER=1 turns it on)"
-    if not forced and tiles < HOPPER_TILES:
-        return f"{tiles} tiles of 128 channels leave most of the GPU idle"
     if not _library.HAS_CUDA_LIBRARY:
         return "the CUDA library is not built"
     if not torch.cuda.is_available() or torch.cuda.get_device_capability(x.device) != (9, 0):
@@ -119,9 +121,15 @@ def _hopper_refusal(args: Sequence[Any]) -> str | None:
         return f"channels are no multiple of 8 from {HOPPER_CHANNELS[0]} to {HOPPER_CHANNELS[1]}"
     if kernel not in HOPPER_KERNEL_SIZES:
         return f"the kernel size is none of {', '.join(map(str, HOPPER_KERNEL_SIZES))}"
-    if -(-height // 2) * 2 * (-(-width // 8) * 8) > HOPPER_PLACES:
+    if x.numel() == 0 or len(pw_index) == 0:
+        return "there is nothing to compute"
+    images = hopper_images(height, width)
+    if images == 0:
         return f"a plane of {height} x {width} does not fit a tile of {HOPPER_PLACES} places"
-    return "there is nothing to compute" if x.numel() == 0 or len(pw_index) == 0 else None
+    tiles = -(-batch // images) * (channels // 128)
+    if not forced and tiles < HOPPER_TILES:
+        return f"{tiles} tiles of 128 channels leave most of the GPU idle"
+    return None
 
 
 def _triton_weights_refusal(args: Sequence[Any]) -> str | None:

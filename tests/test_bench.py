@@ -245,6 +245,9 @@ def test_predictions_stay_above_the_floor():
         products = network.depth * 2 * network.dim**2 * network.tokens
         for batch in predict.BATCHES:
             assert predict.inference(network, batch, predict.Rates()) > batch * products / 989e12
+            hopper = predict.hopper(network, batch, predict.Rates())
+            assert (hopper is None) == (network.tokens > 256)
+            assert hopper is None or hopper > batch * products / 989e12
         for batch in predict.TRAINING_BATCHES:
             assert predict.training(network, batch, predict.Rates()) > 3 * batch * products / 989e12
 

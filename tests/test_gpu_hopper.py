@@ -9,7 +9,7 @@ import pytest
 import torch
 from arguments import cast, mixer_arguments, tensors_of
 from test_golden import CASES, input_of, model_of
-from test_random_shapes import LAYOUTS, assert_right, expected_format
+from test_random_shapes import LAYOUTS, any_settings, assert_right, expected_format
 from torch import Tensor
 
 from spin_kernels import _library, dispatch, reference
@@ -46,7 +46,7 @@ def any_arguments(rng: Random) -> dict[str, Any]:
     """Of what the kernel serves: planes of 1 to 256 places, also several images to a tile."""
     while True:
         height, width = rng.randint(1, 32), rng.randint(1, rng.choice([8, 16, 40, 256]))
-        if -(-height // 2) * 2 * (-(-width // 8) * 8) <= dispatch.HOPPER_PLACES:
+        if dispatch.hopper_images(height, width):
             break
     a = mixer_arguments(
         batch=rng.choice([1, 2, 3, 5, 8, 33, rng.randint(1, 100)]),
@@ -55,14 +55,7 @@ def any_arguments(rng: Random) -> dict[str, Any]:
         width=width,
         kernel=rng.choice(dispatch.HOPPER_KERNEL_SIZES),
         depth=rng.randint(1, 4),
-        matrices=rng.randint(1, 3),
-        filters=rng.choice([None, rng.randint(1, 3)]),
-        templates=rng.choice([None, None, rng.randint(1, 4)]),
-        gain=rng.random() < 0.5,
-        bias=rng.random() < 0.8,
-        dtype=rng.choice(DTYPES),
-        activation=rng.choice([*reference.ACTIVATIONS, "gelu"]),
-        pw_residual=rng.random() < 0.5,
+        **any_settings(rng, DTYPES),
     )
     return a | {"x": LAYOUTS[rng.choice(list(LAYOUTS))](a["x"])}
 
@@ -119,3 +112,13 @@ def test_captured_in_a_graph_and_on_another_stream() -> None:
         got = BLOCK(**late)
     stream.synchronize()
     assert torch.equal(got, BLOCK(**other))
+
+
+@pytest.mark.parametrize("changes", [{"dtype": torch.float32}, {"kernel": 11}, {"channels": 132}, {"height": 300}])
+def test_the_private_operator_refuses_what_the_kernel_cannot(changes: dict[str, Any]) -> None:
+    a = on_gpu(
+        mixer_arguments(**{"batch": 2, "channels": 128, "height": 16, "width": 16, "dtype": DTYPES[0]} | changes)
+    )
+    tensors = [a[name] for name in dispatch.MIXER_TENSORS]
+    with pytest.raises(RuntimeError, match="could not be launched"):
+        torch.ops.spin._mixer_cuda(*tensors, a["pw_index"], a["dw_index"], "gelu", False)

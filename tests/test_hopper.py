@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 from numpy_reference import ACTIVATIONS, SEED, Array, decode, encode, erf, generator, rounded
 
+from spin_kernels.dispatch import hopper_images
+
 SOURCES = Path(__file__).parent / "hopper"
 NAMES = list(ACTIVATIONS)  # in the order of mixer_shape.h
 UNIT = {"bfloat16": 2.0**-8, "float16": 2.0**-11}  # half a unit in the last place
@@ -299,6 +301,8 @@ def test_geometry(emulator: ctypes.CDLL) -> None:
         if H and W and not images and (H + 1) // 2 * 2 * padded <= PLACES:
             images = 1  # in halves
         assert got[2] == images, (H, W)
+        if H and W:
+            assert hopper_images(H, W) == images, (H, W)  # the dispatcher's
         if not images:
             continue
         supported += 1

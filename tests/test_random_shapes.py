@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -50,6 +50,20 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def any_settings(rng: Random, dtypes: Sequence[torch.dtype]) -> dict[str, Any]:
+    """Of mixer_arguments, all but the sizes."""
+    return {
+        "matrices": rng.randint(1, 4),
+        "filters": rng.choice([None, rng.randint(1, 4)]),
+        "templates": rng.choice([None, None, rng.randint(1, 4)]),
+        "gain": rng.random() < 0.5,
+        "bias": rng.random() < 0.8,
+        "dtype": rng.choice(dtypes),
+        "activation": rng.choice([*reference.ACTIVATIONS, "gelu"]),
+        "pw_residual": rng.random() < 0.5,
+    }
+
+
 def any_arguments(rng: Random) -> tuple[dict[str, Any], str]:
     area = rng.choice([1, 9, 50, 300])
     height = rng.randint(1, rng.choice([area, math.isqrt(area)]))
@@ -61,14 +75,7 @@ def any_arguments(rng: Random) -> tuple[dict[str, Any], str]:
         width=rng.randint(1, max(1, area // height)),
         kernel=rng.choice([1, 3, 3, 3, 5, 5, 7, 7, 9, 9, 11, 13, 31]),
         depth=depth,
-        matrices=rng.randint(1, 4),
-        filters=rng.choice([None, rng.randint(1, 4)]),
-        templates=rng.choice([None, None, rng.randint(1, 4)]),
-        gain=rng.random() < 0.5,
-        bias=rng.random() < 0.8,
-        dtype=rng.choice(DTYPES),
-        activation=rng.choice([*reference.ACTIVATIONS, "gelu"]),
-        pw_residual=rng.random() < 0.5,
+        **any_settings(rng, DTYPES),
     )
     for name in ("dw_bias", "pw_bias"):  # one without the other
         a[name] = a[name] if rng.random() < 0.8 else None

@@ -140,7 +140,8 @@ void enqueue(const Call& call) {
   const NetworkShape& s = call.shape;
   const MixerWeights& w = call.weights;
   const int64_t C = s.channels, k = s.kernel_size;
-  const Geometry geometry = geometry_of(int(call.height), int(call.width));
+  const bool fits = call.height <= kPlaces && call.width <= kPlaces;
+  const Geometry geometry = fits ? geometry_of(int(call.height), int(call.width)) : Geometry{};
   const Kernel kernel = kernel_of<Value>(k, geometry.width);
   if (kernel == nullptr || geometry.images == 0 || C < kChunk || C > kMostChannels || C % kChunk != 0 ||
       call.batch < 1 || call.batch > (1 << 24) || s.depth < 1) {
@@ -207,8 +208,16 @@ int64_t taps_of(int64_t channels, int64_t kernel_size) {
 
 std::string run(const Call& call) {
   try {
-    call.shape.type == DType::kBFloat16 ? enqueue<BFloat16>(call) : enqueue<Float16>(call);
-    return "";
+    switch (call.shape.type) {
+      case DType::kBFloat16:
+        enqueue<BFloat16>(call);
+        return "";
+      case DType::kFloat16:
+        enqueue<Float16>(call);
+        return "";
+      default:
+        return "expected bfloat16 or float16";
+    }
   } catch (const std::exception& error) {
     return error.what();
   }

@@ -51,6 +51,7 @@ struct Gpu {
     ptx::products_fence();
   }
   __device__ void multiply(float (&sums)[128], int matrix, int tokens, bool accumulate) const {
+    static_assert(kHalves == 2);
     multiply_half<0>(sums, matrix, tokens, accumulate);
     multiply_half<1>(sums, matrix, tokens, accumulate);
   }

@@ -60,14 +60,13 @@ STABLE_TORCH_LIBRARY(spin, m) {
   m.def(
       "_repeat_weight_backward_cpu(Tensor grad, Tensor weight, Tensor? alpha, Tensor? beta, Tensor? gate, "
       "int out_channels, int in_channels) -> (Tensor, Tensor, Tensor, Tensor)");
-
-  // The CUDA kernels, where their library is built and loaded.
-  m.def("_mixer_cuda(Tensor x, " MIXER_WEIGHTS ") -> Tensor");
-
   m.def("_pack_mixer(" MIXER_WEIGHTS ") -> Tensor");
   m.def("_frozen_mixer(Tensor x, Tensor packed) -> Tensor");
   m.def("_pack_network(" ENDS MIXER_WEIGHTS ") -> Tensor");
   m.def("_frozen_network(Tensor image, Tensor packed, int num_classes) -> Tensor");
   m.def("_cpu_isa(str dtype) -> str");
   m.def("_release_workspace() -> int");
+
+  // The CUDA kernel, where its library is built and loaded.
+  m.def("_mixer_cuda(Tensor x, " MIXER_WEIGHTS ") -> Tensor");
 }
