@@ -14,14 +14,16 @@ from . import (
     nn,
     ops,
     reference,
+    search,
     weights,
 )
 from .convert import accelerate
 from .dispatch import explain
+from .search import Plan
 from .sharing import Sharing
 from .weights import Repeated, SuperWeights
 
 __all__ = [
-    "Repeated", "Sharing", "SuperWeights", "accelerate", "convert", "explain", "functional", "fusion", "models", "nn",
-    "ops", "reference", "weights",
+    "Plan", "Repeated", "Sharing", "SuperWeights", "accelerate", "convert", "explain", "functional", "fusion", "models",
+    "nn", "ops", "reference", "search", "weights",
 ]  # fmt: skip

@@ -20,9 +20,7 @@ from .nn.coefficients import Coefficients
 from .nn.mixer import SharedMixer
 from .nn.repeat import RepeatConv2d
 from .nn.superweight import SuperConv2d, SuperLinear
-
-Layer = nn.Conv2d | nn.Linear
-Shape = tuple[int, int, int, int]
+from .surgery import Layer, Shape, conv_shape, from_bank, is_plain, own_layers, replace, replaceable_layers
 
 
 def count_parameters(network: nn.Module) -> int:
@@ -72,21 +70,21 @@ class SuperWeights:
         """
         if hasattr(network, "bank") or isinstance(network, nn.ModuleList | nn.ModuleDict):
             raise ValueError(f"network: expected a module that can take a submodule bank, got {type(network).__name__}")
-        layers = dict(_replaceable(network))
+        layers = replaceable_layers(network)
         if not layers:
             raise ValueError("network: expected trained convolutions or linear layers before the classifier, got none")
         if len(kinds := {(layer.weight.dtype, layer.weight.device) for layer in layers.values()}) > 1:
             raise ValueError(f"network: expected layers of one dtype on one device, got {kinds}")
         own = count_parameters(network)
         budget = self.budget if isinstance(self.budget, int) else round(self.budget * own)
-        shapes = {name: _shape(layer) for name, layer in layers.items()}
+        shapes = {name: conv_shape(layer) for name, layer in layers.items()}
         kept = own - sum(math.prod(shape) for shape in shapes.values())
         clusters = self._clusters(shapes, budget, kept)
         like = next(iter(layers.values())).weight
         bank = SuperWeightBank({c.name: c.size for c in clusters}, device=like.device, dtype=like.dtype)
         slabs = {name: found for c in clusters for name, found in c.slabs().items()}
         for name, layer in layers.items():
-            _replace(network, name, _from_bank(layer, bank, slabs[name]))
+            replace(network, name, from_bank(layer, bank, slabs[name]))
             _keep_own_rows(layer, bank, slabs[name])
         network.bank = bank.train(network.training)
         bank.attach(network)
@@ -146,10 +144,10 @@ class Repeated:
         Raises:
             ValueError: convolutions share weights.
         """
-        layers = [(n, m) for n, m in _own_layers(network) if isinstance(m, nn.Conv2d)]
+        layers = [(n, m) for n, m in own_layers(network) if isinstance(m, nn.Conv2d)]
         for name, layer in layers if self.first else layers[1:]:
-            if _is_plain(layer) and layer.dilation == (1, 1):
-                _replace(network, name, self._repeated(layer).train(layer.training))
+            if is_plain(layer) and layer.dilation == (1, 1):
+                replace(network, name, self._repeated(layer).train(layer.training))
 
     def _repeated(self, layer: nn.Conv2d) -> RepeatConv2d:
         out, into = layer.out_channels, layer.in_channels
@@ -163,6 +161,8 @@ class Repeated:
 # Modulation in the modules of this package, by the names of the parameters.
 _MODULATION = {
     RepeatConv2d: ("alpha", "beta", "sign", "sign_rows", "sign_columns"),
+    SuperConv2d: ("alpha", "beta"),
+    SuperLinear: ("alpha", "beta"),
     SharedMixer: ("dw_affine", "pw_affine", "pw_gain", "pw_coefficients", "pw_reduction"),
 }
 
@@ -286,35 +286,6 @@ def _intersection(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, int, int
     return (row, column, rows, columns) if rows > 0 and columns > 0 else None
 
 
-# --- the layers of a network
-
-
-def _is_plain(layer: nn.Conv2d) -> bool:
-    return layer.groups == 1 and layer.padding_mode == "zeros"
-
-
-def _own_layers(network: nn.Module) -> Iterator[tuple[str, Layer]]:
-    """Plain convolutions and linear layers that are trained, by name; no subclasses, which may compute otherwise."""
-    owners: dict[int, str] = {}
-    for name, module in network.named_modules(remove_duplicate=False):
-        if name and type(module) in (nn.Conv2d, nn.Linear) and module.weight.requires_grad:
-            owner = owners.setdefault(id(module.weight), name)
-            if owner != name:
-                raise ValueError(f"network: expected layers with weights of their own, got {owner} and {name} with one")
-            yield name, module
-
-
-def _replaceable(network: nn.Module) -> Iterator[tuple[str, Layer]]:
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    for name, module in _own_layers(network):
-        if _is_plain(module) if isinstance(module, nn.Conv2d) else module is not linear[-1]:
-            yield name, module
-
-
-def _shape(layer: Layer) -> Shape:
-    return (*layer.weight.shape, 1, 1)[:4]
-
-
 def _bins(names: list[str], bins: int) -> Iterator[list[str]]:
     """As many runs of names, as equal in length as can be."""
     bins = min(bins, len(names))
@@ -322,29 +293,13 @@ def _bins(names: list[str], bins: int) -> Iterator[list[str]]:
         yield names[n * len(names) // bins : (n + 1) * len(names) // bins]
 
 
-def _from_bank(layer: Layer, bank: SuperWeightBank, slabs: list[Slab]) -> SuperConv2d | SuperLinear:
-    has_bias = layer.bias is not None
-    if isinstance(layer, nn.Linear):
-        new = SuperLinear(layer.in_features, layer.out_features, has_bias, bank=bank, slabs=slabs)
-    else:
-        geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
-        new = SuperConv2d(layer.in_channels, layer.out_channels, *geometry, has_bias, bank=bank, slabs=slabs)
-    new.bias = layer.bias
-    return new.train(layer.training)
-
-
 @torch.no_grad()
 def _keep_own_rows(layer: Layer, bank: SuperWeightBank, slabs: list[Slab]) -> None:
     """Rows that templates do not make begin with the values that the layer had."""
-    weight = layer.weight.view(_shape(layer))
+    weight = layer.weight.view(conv_shape(layer))
     for slab in slabs:
         if slab.coefficients is None:
             rows, columns = slice(slab.out_offset, slab.out_offset + slab.out), slab.in_offset
             own = weight[rows, columns : columns + slab.in_channels].flatten()
             first = bank.place(slab.cluster).start + slab.start
             bank.templates[first : first + len(own)] = own
-
-
-def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, last = name.rpartition(".")
-    setattr(network.get_submodule(parent), last, layer)

@@ -109,7 +109,9 @@ def test_allocation(entry: dict[str, Any]) -> None:
         assert sum(bank.size for bank in banks) == expected["sum_after"]
         if expected["windows"] is not None:
             placed = place_windows(clusters, banks, entry["max_candidates"])
-            found = [[[[w.cluster, w.level, w.templates, w.start, w.end] for w in ws] for ws in ls] for ls in placed]
+            found = [
+                [[[w.cluster, w.level, w.templates, w.start, w.end] for w in ws] for ws in ls.values()] for ls in placed
+            ]
             assert found == expected["windows"]
 
 

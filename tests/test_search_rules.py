@@ -97,12 +97,12 @@ def test_budgets() -> None:
         by_level = {(bank.cluster, bank.level): bank for bank in banks}
         windows = place_windows(clusters, banks, max_templates)
         assert [len(layers) for layers in windows] == [len(network) for network in networks]
-        for window in (window for layers in windows for levels in layers for window in levels):
+        for window in (window for layers in windows for levels in layers.values() for window in levels):
             bank = by_level[window.cluster, window.level]
             assert window.templates == min(bank.templates, max_templates)
             assert window.end - window.start == window.templates * bank.values
             assert 0 <= window.start <= window.end <= bank.size
-        used = [[(w.cluster, w.level) for w in levels] for layers in windows for levels in layers]
+        used = [[(w.cluster, w.level) for w in levels] for layers in windows for levels in layers.values()]
         assert all([level for _, level in levels] == list(range(len(levels))) for levels in used)
         assert {at for levels in used for at in levels} == by_level.keys()
 

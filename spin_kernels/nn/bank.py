@@ -127,8 +127,12 @@ class SuperWeightBank(Freezable):
 
     # --- layers join
 
-    def add(self, shape: Sequence[int], slabs: Iterable[Slab]) -> int:
+    def add(self, shape: Sequence[int], slabs: Iterable[Slab], fan_in: int | None = None) -> int:
         """Adds a layer, whose weight (out, in, kh, kw) the slabs tile, and returns its number.
+
+        Args:
+            fan_in: the number of inputs of an output channel, which decides how large the weight's values start; None
+                is in * kh * kw. A weight that is repeated over more channels has more.
 
         Raises:
             ValueError: the slabs leave a gap, overlap or reach past their cluster, or share a vector of another length.
@@ -145,7 +149,7 @@ class SuperWeightBank(Freezable):
                 self.coefficients.check(key, count)
                 if vectors.setdefault(key, count) != count:
                     raise ValueError(f"coefficients: expected one length of {key[1]!r}, got {vectors[key]} and {count}")
-        deviation = math.sqrt(2 / math.prod(shape[1:]))
+        deviation = math.sqrt(2 / (fan_in or math.prod(shape[1:])))
         for slab in slabs:
             if slab.cluster not in self._deviations:
                 self._deviations[slab.cluster] = deviation
@@ -269,6 +273,14 @@ class SuperWeightBank(Freezable):
         """Makes the weights of all layers in ``network`` at once, at the beginning of each of its forward passes."""
         network.register_forward_pre_hook(self._begin)
         network.register_forward_hook(self._end, always_call=True)
+
+    def detach(self, network: nn.Module) -> None:
+        """Undoes :meth:`attach`."""
+        for hooks in (network._forward_pre_hooks, network._forward_hooks):
+            for number, hook in list(hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del hooks[number]
+                    network._forward_hooks_always_called.pop(number, None)
 
     def _begin(self, network: nn.Module, _: Any) -> None:
         # Of this network itself: a pass that was interrupted.

@@ -41,6 +41,18 @@ class _Sign(torch.autograd.Function):
         return grad * (x.abs() <= 1)
 
 
+@torch.no_grad()
+def spread_betas(beta: Tensor, deviation: float) -> None:
+    """Sets the betas of tiles of values with this standard deviation.
+
+    Tiles that differ by a factor only would stay the same after BatchNorm: beta * w is of order 1, and every tile's is
+    another.
+    """
+    count = beta.numel()
+    spread = (torch.randperm(count, device=beta.device) + 0.5) * (4 / count) - 2
+    beta.copy_(spread.view_as(beta) / deviation)
+
+
 class RepeatConv2d(Float32State):
     """``nn.Conv2d`` whose weight repeats a smaller one, the source, over output and input channels.
 
@@ -185,11 +197,7 @@ class RepeatConv2d(Float32State):
         if name == "alpha":
             tensor.fill_(2)  # 2 / (1 + exp(0)) is 1
         elif name == "beta":
-            # Tiles that differ by a factor only would stay the same after BatchNorm: beta * w is of order 1, and every
-            # tile's is another.
-            count = tensor.numel()
-            spread = (torch.randperm(count, device=tensor.device) + 0.5) * (4 / count) - 2
-            tensor.copy_(spread.view_as(tensor) * (math.sqrt(3) / bound))
+            spread_betas(tensor, bound / math.sqrt(3))
         elif name.startswith("sign"):
             tensor.normal_(0, 1e-3)  # near 0, where signs can change
         elif name == "drop_mask":

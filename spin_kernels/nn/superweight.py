@@ -6,15 +6,19 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
+from .. import functional
 from .bank import FromBank, Slab, SuperWeightBank, tile
+from .base import Float32State
+from .repeat import spread_betas
 
 
-class _SuperLayer(FromBank, nn.Module):
-    """Joins the bank with a weight of (out, in, kh, kw), and has a bias of its own."""
+class _SuperLayer(FromBank, Float32State):
+    """Joins the bank with a weight of (out, in, kh, kw), and has a bias and, if that is repeated, modulation."""
 
     def _build(
         self,
@@ -23,6 +27,7 @@ class _SuperLayer(FromBank, nn.Module):
         bank: SuperWeightBank,
         cluster: str | None,
         slabs: Iterable[Slab] | None,
+        base: tuple[int, int] | None,
         options: dict[str, Any],
     ) -> None:
         if not isinstance(bank, SuperWeightBank):
@@ -33,10 +38,26 @@ class _SuperLayer(FromBank, nn.Module):
             raise ValueError("cluster, slabs: expected one of the two, got " + ("both" if cluster else "none"))
         if slabs is not None and options:
             raise ValueError(f"{', '.join(options)}: expected together with cluster only, got slabs")
-        self._join(bank, bank.add(shape, tile(shape, bank, cluster, **options) if slabs is None else slabs))
-        bound = 1 / math.sqrt(math.prod(shape[1:]))  # as nn.Conv2d and nn.Linear
+        if base is not None and not (len(base) == 2 and 0 < base[0] <= shape[0] and 0 < base[1] <= shape[1]):
+            raise ValueError(f"base: expected (o, i) from (1, 1) to {shape[:2]}, got {base!r}")
+        made, fan_in = (*(base or shape)[:2], *shape[2:]), math.prod(shape[1:])
+        slabs = tile(made, bank, cluster, **options) if slabs is None else slabs
+        self._join(bank, bank.add(made, slabs, fan_in))
+        bound = 1 / math.sqrt(fan_in)  # as nn.Conv2d and nn.Linear
         like = bank.templates
         self.bias = nn.Parameter(like.new_empty(shape[0]).uniform_(-bound, bound)) if bias else None
+        self.channels = shape[:2]
+        for name in ("alpha", "beta"):
+            self.register_parameter(name, None)
+        if made != shape:
+            tiles = (-(-shape[0] // made[0]), -(-shape[1] // made[1]))
+            wide = torch.promote_types(like.dtype, torch.float32)
+            self.alpha = nn.Parameter(like.new_full(tiles, 2, dtype=wide))  # 2 / (1 + exp(0)) is 1
+            self.beta = nn.Parameter(torch.empty_like(self.alpha))
+            spread_betas(self.beta, math.sqrt(2) * bound)
+
+    def _float32_state(self) -> tuple[Tensor | None, ...]:
+        return self.alpha, self.beta
 
     @property
     def weight(self) -> Tensor:
@@ -44,7 +65,13 @@ class _SuperLayer(FromBank, nn.Module):
         return self._composed()
 
     def _composed(self) -> Tensor:
-        return self._bank[0].weight(self.bank_layers[0])
+        return self.repeated(self._bank[0].weight(self.bank_layers[0]))
+
+    def repeated(self, weight: Tensor) -> Tensor:
+        """The layer's weight (out, in, kh, kw) from what its bank makes, which is that unless ``base`` is smaller."""
+        if self.alpha is None:
+            return weight
+        return functional.repeat_weight(weight, self.alpha, self.beta, None, *self.channels)
 
 
 class SuperConv2d(_SuperLayer):
@@ -58,6 +85,11 @@ class SuperConv2d(_SuperLayer):
         cluster: the cluster of the bank that the layer's templates are in, with the options ``templates``, ``block``,
             ``start`` and ``coefficients`` of :func:`tile`.
         slabs: instead of the cluster, the :class:`Slab` list that makes the weight.
+        base: (o, i) of a smaller weight that the bank makes and the layer repeats over its channels, each tile
+            modulated to w * alpha / (1 + exp(beta * w)), as :class:`RepeatConv2d` does; None is the layer's own size.
+
+    Parameters: bias (out_channels,); alpha and beta (ceil(out / o), ceil(in / i)) where base is smaller, which stay
+    float32.
 
     Raises:
         ValueError, TypeError: an argument is out of its range, or the bank has no room for the templates.
@@ -77,6 +109,7 @@ class SuperConv2d(_SuperLayer):
         bank: SuperWeightBank,
         cluster: str | None = None,
         slabs: Iterable[Slab] | None = None,
+        base: tuple[int, int] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -85,7 +118,7 @@ class SuperConv2d(_SuperLayer):
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, _pair(kernel_size)
         self.stride, self.padding, self.dilation, self.groups = _pair(stride), padding, _pair(dilation), groups
         shape = (out_channels, in_channels // groups, *self.kernel_size)
-        self._build(shape, bias, bank, cluster, slabs, options)
+        self._build(shape, bias, bank, cluster, slabs, base, options)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -100,7 +133,7 @@ class SuperLinear(_SuperLayer):
 
     Args:
         in_features, out_features, bias: as in ``nn.Linear``.
-        bank, cluster, slabs: as in :class:`SuperConv2d`; the weight's shape is (out_features, in_features, 1, 1) there.
+        bank, cluster, slabs, base: as in :class:`SuperConv2d`, where the weight is (out_features, in_features, 1, 1).
 
     Raises:
         ValueError, TypeError: an argument is out of its range, or the bank has no room for the templates.
@@ -115,11 +148,12 @@ class SuperLinear(_SuperLayer):
         bank: SuperWeightBank,
         cluster: str | None = None,
         slabs: Iterable[Slab] | None = None,
+        base: tuple[int, int] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self._build((out_features, in_features, 1, 1), bias, bank, cluster, slabs, options)
+        self._build((out_features, in_features, 1, 1), bias, bank, cluster, slabs, base, options)
 
     @property
     def weight(self) -> Tensor:

@@ -1,6 +1,10 @@
-"""Which layers share templates and coefficients: the discrete part of SuperWeight Networks (arXiv 2312.01280).
+"""Parameter allocation search: any models, a budget of parameters, and one bank that makes their weights.
 
-Pure functions over shapes, numbers and gradients that decide what the published code decides:
+:func:`plan` turns models and a budget into a :class:`Plan`, :func:`apply` binds copies of the models to one bank as it
+says; after some training :func:`split` and :func:`unshare` refine the plan where gradients disagree
+(SuperWeight Networks, arXiv 2312.01280).
+
+The rest are pure functions over shapes, numbers and gradients that decide what the published code decides:
 
 - :mod:`.clusters`: layers into clusters by depth, and the levels of a cluster, from its smallest layer to its largest.
 - :mod:`.templates`: how many templates a budget buys for every level, and the window of them that each layer combines.
@@ -23,3 +27,10 @@ vector, coefficient  ParameterCombiner           the factors of a window's templ
 Some rules depend on the order of layers or let a part of a budget or bank lie idle. They are kept, because published
 networks and results were made with them, and each is marked "as published" where it is.
 """
+
+from .applying import BoundModels, apply, plain
+from .planning import plan
+from .plans import Plan, PlannedLayer
+from .refining import split, unshare
+
+__all__ = ["BoundModels", "Plan", "PlannedLayer", "apply", "plain", "plan", "split", "unshare"]

@@ -78,6 +78,11 @@ class Cluster:
     levels: tuple[Level, ...]
     members: tuple[tuple[Member, ...], ...]
 
+    @property
+    def taps(self) -> int:
+        """The number of values of a filter of one input channel."""
+        return math.prod(self.levels[0].shape[2:])
+
     def users(self, level: int, network: int) -> list[tuple[int, Member]]:
         """The members of a network that have a level, each with its position among the network's members."""
         return [(at, member) for at, member in enumerate(self.members[network]) if member.levels > level]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .similarity import Tensors, layer_similarity
+from .similarity import Similarities, Tensors
 from .splitting import Clusters, layer_queues, layers_by_cluster, split_clusters
 
 
@@ -41,6 +41,7 @@ def assign_clusters(
     threshold: float,
     coefficient_threshold: float | None = None,
     weights: Tensors | None = None,
+    similarities: Similarities | None = None,
 ) -> Assignment:
     """Splits the first network's clusters and lets the other networks' layers join them (published: assign_groups).
 
@@ -56,6 +57,7 @@ def assign_clusters(
             does. As published a layer that follows by position takes those of its partner, but is judged by the most
             similar layer of the partner's cluster. (The published code only knows this for the first network's depth.)
         weights: of the same shapes, to compare gradients and weights.
+        similarities: of these gradients and weights, kept from call to call; None compares anew.
 
     Raises:
         ValueError: a layer has no cluster or several, or one without layers in the network that it is compared with;
@@ -66,9 +68,9 @@ def assign_clusters(
     depths = [len(network) for network in gradients]
     if max(depths) > depths[0]:
         raise ValueError(f"gradients: expected the deepest network first, got depths {depths}; sort them by depth")
-    alone = gradients[:1], clusters[:1], None if weights is None else weights[:1]
-    split = split_clusters(clusters[:1], layer_queues(*alone), threshold)
-    joining = _Joining(gradients, clusters, coefficient_threshold, weights, split.clusters[0])
+    compare = Similarities(gradients, weights) if similarities is None else similarities
+    split = split_clusters(clusters[:1], layer_queues(gradients[:1], clusters[:1], similarities=compare), threshold)
+    joining = _Joining(compare, clusters, coefficient_threshold, split.clusters[0])
     leaders = {depths[0]: 0}
     for network in sorted(range(1, len(depths)), key=lambda n: -depths[n]):
         leader = leaders.setdefault(depths[network], network)
@@ -85,13 +87,12 @@ class _Joining:
 
     def __init__(
         self,
-        gradients: Tensors,
+        similarities: Similarities,
         before: Clusters,
         coefficient_threshold: float | None,
-        weights: Tensors | None,
         split: dict[int, list[int]],
     ) -> None:
-        self.gradients, self.before, self.weights = gradients, before, weights
+        self.similarities, self.before = similarities, before
         self.coefficient_threshold = coefficient_threshold
         self.clusters: list[dict[int, list[int]]] = [split, *({} for _ in before[1:])]
         self.partners: list[dict[int, Partner]] = [{} for _ in before]
@@ -106,7 +107,8 @@ class _Joining:
             if not twins or (not leads and len(layers) != len(twins)):
                 raise ValueError(
                     f"clusters: expected layers of network {network} in cluster {cluster} to have their like in "
-                    f"network {other}, got {len(layers)} and {len(twins)}; number the layers of both alike"
+                    f"network {other}, got {len(layers)} and {len(twins)}; number the layers of both "
+                    "alike, or use method='stable'"
                 )
             for position, layer in enumerate(layers):
                 similarity = None
@@ -117,9 +119,7 @@ class _Joining:
                 self._join(network, layer, other, partner, similarity)
 
     def _most_similar(self, network: int, layer: int, other: int, twins: list[int]) -> tuple[float, int]:
-        found = [
-            (layer_similarity((network, layer), (other, twin), self.gradients, self.weights), twin) for twin in twins
-        ]
+        found = [(self.similarities((network, layer), (other, twin)), twin) for twin in twins]
         return max(found, key=lambda pair: pair[0])  # the first of equal ones
 
     def _join(self, network: int, layer: int, other: int, partner: int, similarity: float | None) -> None:

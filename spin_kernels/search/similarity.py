@@ -67,3 +67,19 @@ def layer_similarity(first: Layer, second: Layer, gradients: Tensors, weights: T
         a = torch.cat((a / a.norm(), v / norm_of_first_as_published))
         b = torch.cat((b / b.norm(), w / norm_of_first_as_published))
     return cosine(a, b, f"layers {first} and {second}")
+
+
+class Similarities:
+    """:func:`layer_similarity` of these gradients and weights, each pair compared once."""
+
+    def __init__(self, gradients: Tensors, weights: Tensors | None = None) -> None:
+        self._tensors = gradients, weights
+        self._found: dict[tuple[Layer, Layer], float] = {}
+
+    def __call__(self, first: Layer, second: Layer) -> float:
+        pair = first, second
+        if pair not in self._found:
+            self._found[pair] = layer_similarity(*pair, *self._tensors)
+            if self._tensors[1] is None:
+                self._found[second, first] = self._found[pair]
+        return self._found[pair]

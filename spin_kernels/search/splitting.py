@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .priority import by_similarity, regroup
-from .similarity import Layer, Tensors, layer_similarity
+from .similarity import Layer, Similarities, Tensors
 
 Clusters = Sequence[Mapping[int, Sequence[int]]]  # for each network the layers of each cluster, in an order of theirs
 Queue = list[tuple[float, Layer, Layer]]
@@ -25,13 +25,19 @@ class Split:
     next_cluster: int
 
 
-def layer_queues(gradients: Tensors, clusters: Clusters, weights: Tensors | None = None) -> dict[int, Queue]:
+def layer_queues(
+    gradients: Tensors,
+    clusters: Clusters,
+    weights: Tensors | None = None,
+    similarities: Similarities | None = None,
+) -> dict[int, Queue]:
     """Compares the layers of each cluster with one another; none of it depends on a threshold.
 
     Args:
         gradients: of the layers' weights (out, in, \\*kernel), for each network and layer.
         clusters: for each network the layers of each cluster.
         weights: of the same shapes, to compare gradients and weights.
+        similarities: of these, kept from call to call; None compares anew.
 
     Returns:
         For each cluster a queue of pairs (similarity, first layer, second layer), the most similar last. As published
@@ -41,10 +47,11 @@ def layer_queues(gradients: Tensors, clusters: Clusters, weights: Tensors | None
         ValueError: a layer has no cluster or several, a cluster has no layers, or two cannot be compared; weights have
             other shapes.
     """
+    compare = Similarities(gradients, weights) if similarities is None else similarities
     queues = {}
     for number, layers in layers_by_cluster(gradients, clusters, weights).items():
         pairs = [(first, second) for first in layers for second in layers if first != second]
-        queues[number] = by_similarity((layer_similarity(*pair, gradients, weights), *pair) for pair in pairs)
+        queues[number] = by_similarity((compare(*pair), *pair) for pair in pairs)
     return queues
 
 

@@ -88,8 +88,8 @@ def spend(clusters: Sequence[Cluster], budget: int) -> list[Bank]:
 
 
 def place_windows(
-    clusters: Sequence[Cluster], banks: Sequence[Bank], max_templates: int
-) -> list[list[tuple[Window, ...]]]:
+    clusters: Sequence[Cluster], banks: Sequence[Bank], max_templates: int, cover: bool = False
+) -> list[dict[int, tuple[Window, ...]]]:
     """Chooses the templates that each layer combines, for the published ``share_type`` ``"..._slide"``.
 
     The layers of a network take a bank's templates in turn, ``max_templates`` of them each. As published they start
@@ -99,9 +99,10 @@ def place_windows(
         clusters: of the networks.
         banks: of these clusters, from :func:`spend`.
         max_templates: the most that a layer combines in each of its levels (published: max_candidates).
+        cover: lets the windows go on to the bank's end, the last of them moved back to end with it.
 
     Returns:
-        For each network and layer the windows of its levels.
+        For each network the windows of the levels of each of its layers.
 
     Raises:
         ValueError: an argument is out of its range, or a bank is missing.
@@ -120,11 +121,11 @@ def place_windows(
         for level in range(len(cluster.levels)):
             bank = by_level[cluster.number, level]
             templates = min(bank.templates, max_templates)
-            places = min(bank.templates // templates, templates)
+            places = -(-bank.templates // templates) if cover else min(bank.templates // templates, templates)
             size = templates * bank.values
             for network in range(networks):
                 for turn, (_, member) in enumerate(cluster.users(level, network)):
-                    start = turn % places * size
+                    start = min(turn % places * size, bank.size - size)
                     window = Window(cluster.number, level, templates, start, start + size)
                     found[network].setdefault(member.layer, []).append(window)
-    return [[tuple(layers[layer]) for layer in sorted(layers)] for layers in found]
+    return [{layer: tuple(layers[layer]) for layer in sorted(layers)} for layers in found]
