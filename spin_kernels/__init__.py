@@ -7,7 +7,9 @@ A *bank* holds trainable numbers, a *composition* turns a piece of a bank into a
 
 from . import (
     _library,  # noqa: F401  (registers the operators)
+    calibration,
     convert,
+    ensemble,
     functional,
     fusion,
     models,
@@ -19,11 +21,12 @@ from . import (
 )
 from .convert import accelerate
 from .dispatch import explain
+from .ensemble import Ensemble
 from .search import Plan
 from .sharing import Sharing
 from .weights import Repeated, SuperWeights
 
 __all__ = [
-    "Plan", "Repeated", "Sharing", "SuperWeights", "accelerate", "convert", "explain", "functional", "fusion", "models",
-    "nn", "ops", "reference", "search", "weights",
+    "Ensemble", "Plan", "Repeated", "Sharing", "SuperWeights", "accelerate", "calibration", "convert", "ensemble",
+    "explain", "functional", "fusion", "models", "nn", "ops", "reference", "search", "weights",
 ]  # fmt: skip
