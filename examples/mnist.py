@@ -15,10 +15,11 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from digits import accuracy, adamw, digits, shifted
+from digits import accuracy, adamw, digits
 from rich.progress import track
 
 import spin_kernels as spin
+from spin_kernels.search.data import shifted
 
 
 def main(
@@ -46,7 +47,7 @@ def main(
         order = torch.randperm(len(labels))
         for step in track(range(steps), f"epoch {epoch + 1} of {epochs}", transient=True):
             chosen = order[step * batch : (step + 1) * batch]
-            loss = F.cross_entropy(model(shifted(images[chosen])), labels[chosen], label_smoothing=0.1)
+            loss = F.cross_entropy(model(shifted(images[chosen], 2)), labels[chosen], label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -7,16 +7,10 @@ All networks are ConvMixers of 8 blocks on 7 x 7 tokens and see the same digits 
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Annotated
 
 import matplotlib
 
@@ -25,14 +19,15 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 import typer
-from digits import Digits, accuracy, adamw, digits, shifted
+from digits import Digits, accuracy, adamw, digits
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
+from study import CORES, Epochs, Out, Seeds, Workers, each, parameters, spread, write
 
 import spin_kernels as spin
 from spin_kernels.analysis import block_similarity
 from spin_kernels.nn.fused_mixer import REDUCTIONS
+from spin_kernels.search.data import shifted
 
 DIM, DEPTH, KERNEL, RATE, BATCH = 32, 8, 3, 4, 64
 Model = spin.models.ConvMixer
@@ -42,10 +37,6 @@ def network(seed: int, dim: int = DIM, **plan: object) -> Model:
     torch.manual_seed(seed)
     sharing = spin.Sharing(DEPTH, **plan) if plan else None
     return spin.models.convmixer(dim, DEPTH, KERNEL, 4, in_channels=1, num_classes=10, sharing=sharing)
-
-
-def parameters(model: Model) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def narrower(seed: int, size: int) -> Model:
@@ -63,7 +54,7 @@ def train(model: Model, data: Digits, epochs: int, seed: int, learning_rate: flo
     for _ in range(epochs):
         order = torch.randperm(len(labels))
         for chosen in order[: steps * BATCH].split(BATCH):
-            loss = F.cross_entropy(model(shifted(images[chosen])), labels[chosen], label_smoothing=0.1)
+            loss = F.cross_entropy(model(shifted(images[chosen], 2)), labels[chosen], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -86,7 +77,6 @@ def alone() -> dict[tuple[str, str], dict]:
 
 def run(job: tuple[str, str] | str, seed: int, epochs: int) -> Iterator[dict]:
     """The rows of one job: a network by itself, or what depends on the unshared network."""
-    torch.set_num_threads(1)
     data = digits(seed, held_out=2)
 
     def row(group: str, name: str, model: Model, epochs: int, **options: float) -> dict:
@@ -142,10 +132,6 @@ def summary(rows: list[dict]) -> list[dict]:
     return sorted(found, key=lambda row: (groups.index(row["group"]), row["name"]))
 
 
-def spread(values: list[float]) -> tuple[float, float]:
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
-
-
 def show(rows: list[dict], seeds: int) -> None:
     table = Table(title=f"held-out accuracy, mean ± deviation of {seeds} seeds", box=None)
     for column in ("group", "network", "parameters", "accuracy", "less rate 1"):
@@ -182,32 +168,20 @@ def draw(rows: list[dict], cka: dict[str, list], path: Path) -> None:
     plt.close(figure)
 
 
-def main(
-    out: Annotated[Path, typer.Argument(help="Where results go, without ending: OUT.json and OUT.png.")],
-    seeds: Annotated[int, typer.Option(min=1)] = 3,
-    epochs: Annotated[int, typer.Option(min=1)] = 20,
-    workers: Annotated[int, typer.Option(help="Processes of one thread each.", min=1)] = os.cpu_count() or 1,
-) -> None:
+def main(out: Out, seeds: Seeds = 3, epochs: Epochs = 20, workers: Workers = CORES) -> None:
     """Trains everything, prints the table, writes the figures."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    start, rows, similarities = time.perf_counter(), [], []
-    jobs = [(job, seed) for job in ("base", "long", "narrow", *alone()) for seed in range(seeds)]  # the long ones first
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool, Progress() as progress:
-        task = progress.add_task("jobs", total=len(jobs))
-        for done in as_completed(pool.submit(rows_of, job, seed, epochs) for job, seed in jobs):
-            for row in done.result():
-                (similarities if "cka" in row else rows).append(row)
-            progress.advance(task)
-    found = summary(sorted(rows, key=lambda row: row["seed"]))
+    start = time.perf_counter()
+    jobs = ("base", "long", "narrow", *alone())  # the long ones first
+    found = each(rows_of, [(job, seed, epochs) for job in jobs for seed in range(seeds)], workers)
+    rows, similarities = ([row for row in found if ("cka" in row) == is_map] for is_map in (False, True))
+    found = summary(rows)
     cka = {
         name: torch.tensor([s["cka"][name] for s in similarities]).mean(0).tolist() for name in similarities[0]["cka"]
     }
     show(found, seeds)
     draw(found, cka, out.with_suffix(".png"))
-    seconds = time.perf_counter() - start
-    record = {"seeds": seeds, "epochs": epochs, "seconds": round(seconds), "rows": found, "runs": rows, "cka": cka}
-    out.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"{seconds:.0f} s; wrote {out}.json and {out}.png")
+    write(out, start, {"seeds": seeds, "epochs": epochs, "rows": found, "runs": rows, "cka": cka})
 
 
 if __name__ == "__main__":

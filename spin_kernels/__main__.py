@@ -1,4 +1,4 @@
-"""Command line: ``spin info MODEL`` and ``spin analyze MODEL OTHER`` (or ``python -m spin_kernels ...``)."""
+"""Command line: ``spin info``, ``spin analyze`` and ``spin search`` (or ``python -m spin_kernels ...``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ try:
     from matplotlib.figure import Figure
     from PIL import Image, ImageOps, UnidentifiedImageError
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import Progress, track
     from rich.table import Table
 except ImportError as error:  # the operators and layers need none of them
     sys.exit(f"spin: expected {error.name} to be installed, got none; pip install -e '.[cli]'")
@@ -84,6 +84,76 @@ def analyze(
     for row in similarity.tolist():
         print(" ".join(f"{value:.2f}" for value in row))
     _save(_heat_map(similarity, model, other), plot)
+
+
+@app.command()
+def search(
+    model: Annotated[
+        list[str],
+        typer.Argument(
+            help="One or more that share a bank: NAME of 'spin info list', package.module:function or "
+            "file.py:function, each with (key=value, ...) if need be."
+        ),
+    ],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="A folder with a folder of pictures for each class, an .npz with images and labels, mnist (5,000 "
+            "digits) or digits (8 x 8)."
+        ),
+    ],
+    budget: Annotated[str, typer.Option(help="Parameters of all models together: 4500000, 4.5M, or 0.25 or 25%.")],
+    out: Annotated[Path, typer.Option(help="Folder for plan, checkpoint and report; the same again goes on.")],
+    image_size: Annotated[int | None, typer.Option(help="Side that pictures are resized to.", min=4)] = None,
+    epochs: Annotated[int, typer.Option(min=1)] = 20,
+    search_epochs: Annotated[int, typer.Option(help="Before clusters are split; 0: no split.", min=0)] = 4,
+    batch: Annotated[int, typer.Option(min=2)] = 64,
+    learning_rate: Annotated[float, typer.Option(min=0)] = 0.005,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 0.05,
+    shift: Annotated[int, typer.Option(help="Pixels that pictures are moved by in training.", min=0)] = 2,
+    flip: Annotated[bool, typer.Option(help="Mirror half of the pictures in training.")] = False,
+    held_out: Annotated[float, typer.Option(help="Part for calibration and test, half each.", min=0.01, max=0.9)] = 0.3,
+    bins: Annotated[int, typer.Option(help="Clusters to begin with.", min=1)] = 4,
+    max_templates: Annotated[int, typer.Option(help="Most that a layer combines.", min=1)] = 8,
+    count: Annotated[str, typer.Option(help="What the budget counts: network or bank.")] = "network",
+    strict: Annotated[bool, typer.Option(help="Never exceed the budget.")] = True,
+    method: Annotated[str, typer.Option(help="paper or stable.")] = "paper",
+    threshold: Annotated[float, typer.Option(help="Similarity of gradients that keeps layers together.")] = 0.1,
+    unshare: Annotated[bool, typer.Option(help="Give layers coefficients of their own after a third.")] = False,
+    seed: int = 0,
+    device: str = "cpu",
+) -> None:
+    """Fit models into a budget of parameters, and train them: a plan, a checkpoint and a report with figures."""
+    from .search.procedure import Search, Settings
+    from .search.report import write_report
+
+    settings = Settings(
+        model, data, budget, image_size, epochs, search_epochs, batch, learning_rate, weight_decay, shift, flip,
+        held_out, bins, max_templates, count, strict, method, threshold, unshare, seed, device,
+    )  # fmt: skip
+    console = Console(stderr=True)
+    try:
+        with Progress(console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task("reading", total=None)
+
+            def show(what: str, done: int, steps: int) -> None:
+                progress.update(task, description=what, completed=done, total=steps)
+                if not console.is_terminal and done == steps:
+                    print(what, file=sys.stderr)
+
+            results = Search(settings, out, show).run()
+            report = write_report(out, results)
+    except KeyboardInterrupt:
+        sys.exit("spin search: interrupted; the same command goes on after the last epoch that was finished")
+    except (ValueError, ImportError, OSError, RuntimeError) as error:
+        name, _, rest = str(error).partition(":")
+        hint = "--" + name.replace("_", "-") if name in Settings.__dataclass_fields__ and name != "models" else None
+        raise typer.BadParameter(rest.strip() if hint else str(error), param_hint=hint) from None
+    last = results["anytime"][-1]
+    print(
+        f"{results['parameters']:,} parameters, {last['accuracy']:.2%} of {results['pictures']['tested with']} "
+        f"pictures, NLL {last['nll']:.4f}; wrote {report}"
+    )
 
 
 def _create(name: str, hint: str) -> models.Model:

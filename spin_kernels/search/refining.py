@@ -20,6 +20,7 @@ from .unsharing import unshare_vectors
 Bank = tuple[int, int]  # cluster, level
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
+COMPARED = ("gradients", "weights", "both")
 STEP = 0.05  # by which a threshold is lowered until the budget fits, as published
 
 
@@ -30,7 +31,7 @@ def split(
     threshold: float = 0.1,
     *,
     coefficient_threshold: float | None = None,
-    compare_weights: bool = False,
+    compare: str = "gradients",
 ) -> Plan:
     """Splits clusters where the gradients of their layers' weights disagree.
 
@@ -48,7 +49,8 @@ def split(
         threshold: the cosine similarity above which layers stay together.
         coefficient_threshold: of ``"paper"``: the similarity above which a layer takes the coefficients of the one it
             joined; None: always.
-        compare_weights: whether gradients and weights are compared together.
+        compare: ``"gradients"``; ``"both"``: gradients and weights together, each over its norm; or ``"weights"``, as
+            sharing by similarity did before.
 
     Returns:
         The new plan; ``threshold`` is that it came down to, None where nothing was split.
@@ -58,14 +60,16 @@ def split(
     """
     old: Plan = bound_bank(net, required=True).plan
     _check_threshold(threshold)
+    if compare not in COMPARED:
+        raise ValueError(f"compare: expected one of {', '.join(COMPARED)}, got {compare!r}; choose one of them")
     gradients, weights = weight_gradients(net, batches, loss_fn)
-    of_order = [gradients[model] for model in old.order]
-    compared = [weights[model] for model in old.order] if compare_weights else None
+    compared = [(weights if compare == "weights" else gradients)[model] for model in old.order]
+    beside = [weights[model] for model in old.order] if compare == "both" else None
     clusters = [
         {cluster.number: [m.layer for m in cluster.members[n]] for cluster in old.clusters if cluster.members[n]}
         for n in range(len(old.models))
     ]
-    assign = _assigned(old, of_order, clusters, coefficient_threshold, compared)
+    assign = _assigned(old, compared, clusters, coefficient_threshold, beside)
     fitting = Fitting(old.budget, old.count, True, old.method, old.max_templates)
     layers = [{layer.name: layer.shape for layer in found} for found in old.models]
     while threshold > -1 - STEP:  # at -1 or below all that may be together is
