@@ -1,0 +1,113 @@
+"""What a bank of templates is worth at four budgets, on 5,000 MNIST digits (SuperWeight Networks, arXiv 2312.01280).
+
+``pip install -e '.[examples]' && python examples/superweight_study.py OUT``: a WRN-10-2 with 76,450 parameters, and at
+10, 25, 50 and 75 % of them
+
+- SuperWeights: clusters by depth for a fifth of the epochs, split where gradients disagree, trained anew;
+- the same without the split;
+- clusters split by the similarity of weights, as sharing by similarity did before;
+- a plain network of at most as many parameters, with fewer channels.
+
+Three seeds; half of the digits are held out, so that a tenth of a per cent is 2.5 digits.
+"""
+
+from __future__ import annotations
+
+import time
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+import typer
+from digits import accuracy
+from study import (
+    CORES,
+    Epochs,
+    Out,
+    Seeds,
+    Workers,
+    batches,
+    each,
+    parameters,
+    show,
+    small_digits,
+    summary,
+    train,
+    write,
+)
+from torch import nn
+
+import spin_kernels as spin
+
+BUDGETS, BASE = (0.1, 0.25, 0.5, 0.75), 8
+WAYS = ("SuperWeights", "without split", "split by weights", "narrower")
+
+
+def network(seed: int, base_channels: int = BASE) -> nn.Module:
+    torch.manual_seed(seed)
+    return spin.models.wide_resnet(10, 2, in_channels=1, base_channels=base_channels)
+
+
+def narrower(seed: int, size: int) -> nn.Module:
+    """The widest plain network of at most `size` parameters."""
+    fitting = [channels for channels in range(1, BASE + 1) if parameters(network(seed, channels)) <= size]
+    return network(seed, max(fitting))
+
+
+def run(way: str, budget: float, seed: int, epochs: int) -> list[dict]:
+    """One row: what is trained, for `epochs`, and how well it does."""
+    images, labels, test_images, test_labels = small_digits(seed)
+    model = network(seed)
+    if way == "plain":
+        net = model
+    elif way == "narrower":
+        net = narrower(seed, round(budget * parameters(model)))
+    else:
+        plan = spin.search.plan(model, budget)
+        net = spin.search.apply(model, plan)
+        if way != "without split":
+            train(net, images, labels, max(1, epochs // 5), seed).train()
+            compare = "weights" if way == "split by weights" else "gradients"
+            plan = spin.search.split(net, batches(images, labels, 64), F.cross_entropy, compare=compare)
+            torch.manual_seed(seed)
+            net = spin.search.apply(model, plan)
+    train(net, images, labels, epochs, seed)
+    clusters = len({layer.cluster for layer in plan.models[0]}) if way not in ("plain", "narrower") else 0
+    score = accuracy(net, test_images, test_labels)
+    return [
+        {
+            "network": way, "budget": f"{budget:.0%}", "seed": seed, "parameters": parameters(net),
+            "clusters": clusters, "accuracy": score,
+        }
+    ]  # fmt: skip
+
+
+def main(out: Out, seeds: Seeds = 3, epochs: Epochs = 10, workers: Workers = CORES) -> None:
+    """Trains everything, prints the table, writes the figure."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    start = time.perf_counter()
+    cases = [("plain", 1.0), *((way, budget) for budget in reversed(BUDGETS) for way in WAYS)]
+    rows = each(run, [(*case, seed, epochs) for case in cases for seed in range(seeds)], workers)
+    order = {case: n for n, case in enumerate([("plain", 1.0), *((w, b) for b in BUDGETS for w in WAYS)])}
+    rows.sort(key=lambda row: order[row["network"], float(row["budget"].rstrip("%")) / 100])
+    found = summary(rows, ("budget", "network"), ("parameters", "clusters", "accuracy"))
+    show(found, f"held-out accuracy, mean ± deviation of {seeds} seeds")
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
+    for way in WAYS:
+        points = [row for row in found if row["network"] == way]
+        x, y, deviation = zip(*((r["parameters"][0], *(100 * v for v in r["accuracy"])) for r in points), strict=True)
+        axis.errorbar(x, y, deviation, marker="o", capsize=3, label=way)
+    plain = found[0]["accuracy"]
+    axis.axhline(100 * plain[0], color="gray", linestyle="--", label=f"plain, {found[0]['parameters'][0]:,.0f}")
+    axis.set(xlabel="parameters", ylabel="held-out accuracy, %", xscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(out.with_suffix(".png"), dpi=110)
+    write(out, start, {"seeds": seeds, "epochs": epochs, "rows": found, "runs": rows})
+
+
+if __name__ == "__main__":
+    typer.run(main)
