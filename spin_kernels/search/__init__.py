@@ -4,7 +4,8 @@
 says; after some training :func:`split` and :func:`unshare` refine the plan where gradients disagree
 (SuperWeight Networks, arXiv 2312.01280).
 
-The rest are pure functions over shapes, numbers and gradients that decide what the published code decides:
+The rest are pure functions over shapes, numbers and gradients that decide what the published code decides, but for the
+last:
 
 - :mod:`.clusters`: layers into clusters by depth, and the levels of a cluster, from its smallest layer to its largest.
 - :mod:`.templates`: how many templates a budget buys for every level, and the window of them that each layer combines.
@@ -12,6 +13,7 @@ The rest are pure functions over shapes, numbers and gradients that decide what 
 - :mod:`.priority`: the queue that puts things together by similarity; the next three use it.
 - :mod:`.splitting`, :mod:`.joining`: clusters split where gradients disagree; further networks join them.
 - :mod:`.unsharing`: layers get coefficients of their own where the gradients of shared ones disagree.
+- :mod:`.stable`: not published: clusters split alike in any order of their layers; :mod:`.partition` finds how.
 
 ===================  ==========================  ==========================================================
 here                 in the published code       meaning
