@@ -8,13 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from test_search_paper import by_layer, numbered, results
 from test_search_rules import random_gradients, random_start, refines
 
+import spin_kernels as spin
 from spin_kernels.search import partition as partitions
 from spin_kernels.search.clusters import build_clusters
 from spin_kernels.search.coefficients import coefficient_vectors
 from spin_kernels.search.priority import regroup
+from spin_kernels.search.refining import weight_gradients
 from spin_kernels.search.similarity import layer_similarity
 from spin_kernels.search.splitting import cluster_numbers
 from spin_kernels.search.stable import EXACT, conflict, layer_similarities, least_conflict, split_stably
@@ -391,3 +394,31 @@ def pair(there: float, back: float) -> Rows:
 def test_errors_are_one_sentence(call: Callable[[], Any], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         call()
+
+
+# --- through the public functions
+
+
+def test_a_stable_plan_splits_with_less_conflict_than_a_published_one() -> None:
+    """At one threshold, with a budget that lets both split there."""
+    models = [spin.models.wide_resnet(16, width, in_channels=1, base_channels=2) for width in (2, 1)]
+    batch = torch.randn(8, 1, 8, 8), torch.randint(10, (8,))
+    found = {}
+    for method in ("paper", "stable"):
+        plan = spin.search.plan(models, 6.0, method=method, bins=2, strict=False)
+        torch.manual_seed(1)
+        net = spin.search.apply(models, plan)
+        split = spin.search.split(net, [batch], F.cross_entropy, threshold=0.05)
+        assert split.method == method
+        assert split.threshold == 0.05
+        gradients, _ = weight_gradients(net, [batch], F.cross_entropy)
+        before = [{c.number: [m.layer for m in c.members[n]] for c in plan.clusters if c.members[n]} for n in range(2)]
+        total = 0.0
+        for number, rows in layer_similarities(gradients, before).items():
+            parts: dict[int, list[tuple[int, int]]] = {}
+            for n, layer in rows:
+                parts.setdefault(split.models[n][layer].cluster, []).append((n, layer))
+            assert {plan.models[n][layer].cluster for part in parts.values() for n, layer in part} == {number}
+            total += conflict(list(parts.values()), rows, 0.05)
+        found[method] = total
+    assert found["stable"] <= found["paper"]

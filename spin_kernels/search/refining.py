@@ -15,6 +15,7 @@ from .planning import Fitting, OverBudgetError, as_models
 from .plans import Plan
 from .similarity import Similarities
 from .splitting import cluster_numbers
+from .stable import layer_similarities, split_stably
 from .unsharing import unshare_vectors
 
 Bank = tuple[int, int]  # cluster, level
@@ -48,7 +49,7 @@ def split(
         loss_fn: from a model's output and the targets to a scalar, such as ``torch.nn.functional.cross_entropy``.
         threshold: the cosine similarity above which layers stay together.
         coefficient_threshold: of ``"paper"``: the similarity above which a layer takes the coefficients of the one it
-            joined; None: always.
+            joined; None: always. Under ``"stable"`` coefficients are shared by position.
         compare: ``"gradients"``; ``"both"``: gradients and weights together, each over its norm; or ``"weights"``, as
             sharing by similarity did before.
 
@@ -160,6 +161,10 @@ def _assigned(
     weights: Sequence[Sequence[Tensor]] | None,
 ) -> Callable[[float], Assignment]:
     """Clusters for a threshold; what does not depend on it is computed once."""
+    if plan.method == "stable":
+        pairs = layer_similarities(gradients, clusters, weights)
+        names = [[f"{model}/{layer.name}" for layer in plan.models[model]] for model in plan.order]
+        return lambda t: split_stably(clusters, pairs, t, names)
     similarities = Similarities(gradients, weights)
     return lambda t: assign_clusters(gradients, clusters, t, coefficient_threshold, weights, similarities)
 
