@@ -103,6 +103,8 @@ def _text(name: str, value: Any) -> str:
         return "{:.2%} ± {:.2%}".format(*value)
     if name in ("parameters", "kFLOPs"):
         return f"{value[0]:,.0f}"
+    if name == "clusters":
+        return "{:.1f}".format(*value)
     return "{:.4f} ± {:.4f}".format(*value)
 
 
