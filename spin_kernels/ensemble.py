@@ -51,8 +51,10 @@ class Ensemble(Float32State):
 
     Members are numbered as in ``networks`` and evaluated in ``order``. Averages are calibrated for each number of
     members: row k - 1 of the buffers ``weights`` and ``temperatures``, (members, members), belongs to the first k in
-    that order, and column j to the one at place j. Until :meth:`calibrate` weights are equal and temperatures 1. Both
-    buffers stay float32 (or float64); they and the order are in the state dict.
+    that order, and column j to the one at place j. Others than the first have the weights of the shortest such row that
+    holds them, divided by their sum, and the temperatures that calibrate each by itself, the buffer ``alone``,
+    (members,). Until :meth:`calibrate` weights are equal and temperatures 1. These buffers stay float32 (or float64);
+    they and the order are in the state dict.
 
     Args:
         networks: the members; an ``nn.ModuleList``, which may be of a class of its own that owns a shared bank, becomes
@@ -64,10 +66,12 @@ class Ensemble(Float32State):
     """
 
     # A row for each number of members, because one set of temperatures cannot serve all: with those that calibrate
-    # every member by itself the average lacks confidence, and can be worse than without calibration.
+    # every member by itself the average lacks confidence, and can be worse than without calibration. A row's own serve
+    # no other members: one with hardly any weight may have any temperature.
 
     weights: Tensor
     temperatures: Tensor
+    alone: Tensor
 
     def __init__(self, networks: Iterable[nn.Module], order: Sequence[int] | None = None) -> None:
         super().__init__()
@@ -82,6 +86,7 @@ class Ensemble(Float32State):
         self.order = self._check_order(range(count) if order is None else order)
         self.register_buffer("weights", torch.ones(count, count).tril() / torch.arange(1, count + 1)[:, None])
         self.register_buffer("temperatures", torch.ones(count, count))
+        self.register_buffer("alone", torch.ones(count))
         self._costs = [Costs() for _ in range(count)]
 
     def _members(self) -> list[nn.Module]:
@@ -95,8 +100,7 @@ class Ensemble(Float32State):
 
         Args:
             x: a batch (B, ...).
-            members: how many, the first in the order; or a list of their numbers, whose weights and temperatures are
-                then those among the fewest first members that include them, weights divided by their sum. None is all.
+            members: how many, the first in the order; or a list of their numbers. None is all.
 
         Raises:
             ValueError: there are no such members, or their outputs are no logits (B, classes) of one shape.
@@ -120,10 +124,15 @@ class Ensemble(Float32State):
     def _average(self, logits: Sequence[Tensor], places: list[int]) -> Tensor:
         """Log-probabilities (B, classes) of members, by their places in the order, from logits (B, classes) of each."""
         z = torch.stack(list(logits))
-        weights, temperatures = (t[places[-1], places].to(z.dtype) for t in (self.weights, self.temperatures))
+        weights, temperatures = self.weights[places[-1], places].to(z.dtype), self._temperatures(places).to(z.dtype)
         # Without the others all that are left may have weight 0.
         weights = torch.where(weights.sum() > 0, weights / weights.sum(), 1 / len(places))
         return torch.logsumexp(F.log_softmax(z / temperatures[:, None, None], -1) + weights.log()[:, None, None], 0)
+
+    def _temperatures(self, places: list[int]) -> Tensor:
+        """Of members by their places in the order: fitted together where they are the first ones."""
+        count = len(places)
+        return self.temperatures[count - 1, :count] if places == list(range(count)) else self.alone[places]
 
     def _places(self, members: int | Sequence[int] | None) -> list[int]:
         count = len(self.order)
@@ -215,6 +224,7 @@ class Ensemble(Float32State):
             self.order = self._check_order(best_order(found.logits, found.targets, self.flops(found.example)))
         logits = [found.logits[member] for member in self.order]
         alone = [fit_temperature(z, found.targets) for z in logits]
+        self.alone.copy_(self.alone.new_tensor(alone))
         for k in range(1, len(logits) + 1):
             weights, temperatures = fit_average(logits[:k], found.targets, alone[:k])
             self.weights[k - 1, :k] = self.weights.new_tensor(weights)
@@ -314,7 +324,10 @@ class Ensemble(Float32State):
         networks = [all_members[member] for member in chosen] if select is None else select(chosen)
         kept = Ensemble(networks, [chosen.index(self.order[place]) for place in places])
         kept.training = self.training  # of this module alone: the members keep their modes
-        kept.weights, kept.temperatures = (t[places][:, places] for t in (self.weights, self.temperatures))
+        kept.weights, kept.alone = self.weights[places][:, places], self.alone[places]
+        kept.temperatures = torch.ones_like(kept.weights)
+        for count in range(1, len(places) + 1):
+            kept.temperatures[count - 1, :count] = self._temperatures(places[:count])
         kept._costs = [self._costs[member] for member in chosen]
         return kept
 
@@ -336,7 +349,7 @@ class Ensemble(Float32State):
         self.order = self._check_order(state.tolist())
 
     def _float32_state(self) -> Iterable[Tensor | None]:
-        return self.weights, self.temperatures
+        return self.weights, self.temperatures, self.alone
 
     def extra_repr(self) -> str:
         return f"order={list(self.order)}"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from small_networks import WIDTHS, Bank, Net, Table, ensemble, held_out, images, tables
 from torch import Tensor, nn
 
+from spin_kernels.calibration import fit_temperature
 from spin_kernels.ensemble import Ensemble, anytime_curve, negative_log_likelihood
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -46,13 +47,16 @@ def test_the_average_has_weights_and_temperatures_of_its_row() -> None:
     e, x = ensemble(order=[1, 2, 0]), images()
     e.weights.copy_(torch.rand(3, 3).tril())
     e.temperatures.copy_(torch.rand(3, 3) + 0.5)
+    e.alone.copy_(torch.rand(3) + 0.5)
     for members, places in ((1, [0]), (2, [0, 1]), ([2, 0], [1, 2]), ([2], [1]), (None, [0, 1, 2])):
         weights = e.weights[places[-1], places]
-        temperatures = e.temperatures[places[-1], places].tolist()
+        first = places == list(range(len(places)))
+        temperatures = (e.temperatures[places[-1], places] if first else e.alone[places]).tolist()
         nets = [e.networks[e.order[place]] for place in places]
         expected = naive_average(nets, x, (weights / weights.sum()).tolist(), temperatures)
         torch.testing.assert_close(e(x, members).double(), expected, rtol=1e-5, atol=1e-6)
     e.weights[2, :2] = 0
+    e.alone[2] = e.temperatures[2, 2]
     torch.testing.assert_close(e(x, [0]), e(x), rtol=1e-5, atol=1e-6)
     e.weights[2] = torch.tensor([0.0, 0.0, 1.0])
     e.weights[1] = torch.tensor([1.0, 0.0, 0.0])
@@ -263,6 +267,23 @@ def test_fewer_members_share_modules_and_calibration(kind: type) -> None:
     assert not kept.training
 
 
+def test_a_member_without_weight_is_calibrated_when_it_is_left_alone() -> None:
+    """Beside a better one it has no weight, and no temperature that would serve it."""
+    targets = torch.randint(4, (800,))
+    good = 4 * F.one_hot(targets, 4) + torch.randn(800, 4)
+    worse = 8 * (F.one_hot(targets, 4) + 2 * torch.randn(800, 4))  # far too confident
+
+    batches = [(torch.arange(800), targets)]
+    e = Ensemble([Table(good), Table(worse), Table(worse.roll(1, 0))]).eval().calibrate(batches)
+    for member, logits in ((1, worse), (2, worse.roll(1, 0))):
+        best = F.cross_entropy(logits / fit_temperature(logits, targets), targets)
+        for log_p in (e.drop(*{0, 1, 2} - {member})(torch.arange(800)), e(torch.arange(800), [member])):
+            torch.testing.assert_close(F.nll_loss(log_p, targets), best, rtol=1e-4, atol=1e-4)
+            assert F.nll_loss(log_p, targets) < F.cross_entropy(logits, targets) / 2
+    of_both = F.nll_loss(e.drop(0)(torch.arange(800)), targets)
+    assert of_both <= 1.05 * F.cross_entropy(worse / fit_temperature(worse, targets), targets)
+
+
 def test_a_bank_beside_the_networks_is_no_member() -> None:
     networks = Bank()
     e, x = Ensemble(networks).eval(), images()
@@ -300,7 +321,7 @@ def test_copies(through: Callable[[Ensemble], Ensemble]) -> None:
     torch.testing.assert_close(other(x), e(x), rtol=0, atol=0)
     with torch.no_grad():
         other.networks.bank.templates.zero_()
-    assert not torch.allclose(other(x), e(x))
+    assert not torch.allclose(other.networks[0](x), e.networks[0](x))
 
 
 @pytest.mark.gpu
