@@ -57,13 +57,15 @@ def run(name: str, seed: int, epochs: int) -> list[dict]:
     else:
         images, labels, test_images, test_labels = small_digits(seed)
     torch.manual_seed(seed)
-    net = train(spin.models.create(name) if name in TURNED else upright(name), images, labels, epochs, seed)
+    # Without dropout: so few steps do not make up for it.
+    net = spin.models.create(name, drop_rate=0.0) if name in TURNED else upright(name)
+    train(net, images, labels, epochs, seed)
     score = accuracy(net, test_images, test_labels)
     digit = "turned" if name in TURNED else "upright"
     return [{"digits": digit, "network": name, "seed": seed, "parameters": parameters(net), "accuracy": score}]
 
 
-def main(out: Out, seeds: Seeds = 3, epochs: Epochs = 12, turned_epochs: Epochs = 8, workers: Workers = CORES) -> None:
+def main(out: Out, seeds: Seeds = 3, epochs: Epochs = 12, turned_epochs: Epochs = 10, workers: Workers = CORES) -> None:
     """Trains everything, prints the table, writes the figure."""
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
