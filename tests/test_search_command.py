@@ -114,7 +114,7 @@ def test_an_interrupted_search_ends_as_one_that_was_not(settings: Settings, tmp_
 def test_the_command_goes_on_after_a_signal(settings: Settings, tmp_path: Path) -> None:
     command = [
         sys.executable, "-m", "spin_kernels", "search", SMALL, "--data", settings.data, "--budget", "2k", "--out",
-        str(tmp_path / "out"), "--epochs", "10", "--search-epochs", "1", "--batch", "16",
+        str(tmp_path / "out"), "--epochs", "4", "--search-epochs", "1", "--batch", "16",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:

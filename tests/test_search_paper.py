@@ -4,9 +4,11 @@ from typing import Any
 
 import golden
 import pytest
+import torch
 from test_golden_weights import rectangles
-from torch import Tensor
+from torch import Tensor, nn
 
+from spin_kernels import search
 from spin_kernels.search.clusters import build_clusters, number_layers
 from spin_kernels.search.coefficients import coefficient_vectors
 from spin_kernels.search.joining import Partner, assign_clusters
@@ -150,6 +152,62 @@ def test_networks_of_a_bank(case: dict[str, Any]) -> None:
                     named[n].setdefault((cluster.number, level), []).append(part.get("coefficients", ""))
     if config["share_type"] == "wavg_slide":  # others have no coefficients
         assert in_order_of_use(vectors, vectors) == in_order_of_use(named, vectors)
+
+
+def place_of_bank(name: str) -> tuple[int, int]:
+    """bank.group{cluster}.width{level}"""
+    _, group, width = name.split(".")
+    return int(group.removeprefix("group")), int(width.removeprefix("width"))
+
+
+@pytest.mark.parametrize("case", golden.cases("superweight"), ids=lambda case: case["name"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_a_plan_makes_the_published_weights(case: dict[str, Any], dtype: torch.dtype) -> None:
+    """Models of plain convolutions, planned and applied, with the case's templates and coefficients in their bank."""
+    config, tensors = case["config"], golden.load(case)
+    shapes = [[layer["shape"] for layer in network["layers"]] for network in case["networks"]]
+    models = [
+        nn.Sequential(*(nn.Conv2d(into, out, kernel, bias=False, dtype=dtype) for out, into, *kernel in found))
+        for found in shapes
+    ]
+    sharing = "cluster" if config["one_coefficient_vector_per_group"] else "position"
+    plan = search.plan(
+        models,
+        config["max_params"],
+        clusters=[{f"{n}": layer["group"] for n, layer in enumerate(net["layers"])} for net in case["networks"]],
+        max_templates=config["max_candidates"],
+        count="bank",
+        strict=False,
+        coefficients=sharing if config["coefficients_shared"] else "own",
+    )
+    if "given_coefficient_partners" in config:
+        partners = [{}, partners_of(config["given_coefficient_partners"]["net1"])]
+        plan = plan.with_vectors(coefficient_vectors(plan.clusters, partners=partners), 0.0)
+    banks = {place_of_bank(name): tensors[name] for name in case["parameters"] if name.startswith("bank.")}
+    assert plan.bank_sizes == {plan.bank_name(*at): bank.numel() for at, bank in sorted(banks.items())}
+
+    net, names = search.apply(models, plan), set()
+    with torch.no_grad():
+        for at, bank in banks.items():
+            net.bank.templates[net.bank.place(plan.bank_name(*at))] = bank.flatten().to(dtype)
+        for network, planned in zip(case["networks"], plan.models, strict=True):
+            for layer, found in zip(network["layers"], planned, strict=True):
+                for level, part in enumerate(layer["parts"]):
+                    key = plan.bank_name(found.cluster, level), str(found.vectors[level])
+                    count = part["candidates"]
+                    average = torch.full((count,), 1 / count, dtype=dtype)
+                    given = tensors[part["coefficients"]] if "coefficients" in part else average
+                    if key in net.bank.coefficients.lengths:  # of a level that the layer does not cut away
+                        start = net.bank.coefficients.start(key)
+                        net.bank.coefficients.values[start : start + count] = given.flatten().to(dtype)
+                        names.add((key, part.get("coefficients", key)))
+    if config["share_type"] == "wavg_slide":  # others have no coefficients
+        assert len(names) == len({key for key, _ in names}) == len({name for _, name in names})
+        assert plan.coefficients == sum(tensors[name].numel() for _, name in names)
+    for n, model in enumerate(net):
+        for number, layer in enumerate(model):
+            name = f"net{n}.layer{number}"
+            golden.assert_close(layer.weight, tensors[f"weight.{name}"], case, "outputs", name)
 
 
 # --- the published cases: similarity

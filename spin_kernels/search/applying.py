@@ -16,6 +16,7 @@ from .plans import Plan
 
 _PLAIN = (nn.Conv2d, nn.Linear)
 _SUPER = (SuperConv2d, SuperLinear)
+User = tuple[int, str, int, tuple[int, int] | None]  # model, layer, number of templates, block
 
 
 class BoundModels(nn.ModuleList):
@@ -28,6 +29,7 @@ class BoundModels(nn.ModuleList):
     def __init__(self, models: list[nn.Module], bank: SuperWeightBank) -> None:
         super().__init__(models)
         self.bank = bank
+        self.training = bank.training
 
     def _items(self) -> list[nn.Module]:
         return [module for name, module in self._modules.items() if name != "bank"]
@@ -77,6 +79,8 @@ def apply(models: Models, plan: Plan) -> nn.Module:
     before = bound_bank(models)
     if len(networks) != len(plan.models):
         raise ValueError(f"models: expected the {len(plan.models)} of the plan, got {len(networks)}; plan these models")
+    if before is not None:
+        bound_layers(models)
     copies = copy.deepcopy(networks, memo={} if before is None else {id(before): before})
     if before is not None:
         copies = [_released(network, before) for network in copies]
@@ -141,6 +145,27 @@ def bound_bank(net: object, required: bool = False) -> SuperWeightBank | None:
     return None
 
 
+def bound_layers(net: object) -> list[list[nn.Module]]:
+    """For each model the layers that the bank makes, in the order of the plan.
+
+    Raises:
+        ValueError: these are not the models that ``apply`` returned, all of them in their order.
+    """
+    bank: SuperWeightBank = bound_bank(net, required=True)
+    networks = as_models(net)
+    names = [[layer.name for layer in layers] for layers in bank.plan.models]
+    of_networks = [dict(network.named_modules()) for network in networks]
+    layers = [[of.get(name) for name in listed] for of, listed in zip(of_networks, names, strict=False)]
+    numbers = [layer.bank_layers if isinstance(layer, _SUPER) and layer.bank is bank else None
+               for found in layers for layer in found]  # fmt: skip
+    if len(networks) != len(names) or numbers != [(n,) for n in range(len(bank.layers))]:
+        raise ValueError(
+            f"net: expected the {len(names)} models that spin.search.apply returned, in their order and with all of "
+            f"their layers, got {len(networks)}; give what it returned, or apply a plan anew"
+        )
+    return layers
+
+
 @torch.no_grad()
 def _released(network: nn.Module, bank: SuperWeightBank) -> nn.Module:
     """The network itself, with plain layers and without the bank."""
@@ -185,12 +210,13 @@ def _carry(before: SuperWeightBank, bank: SuperWeightBank, old: list[nn.Module],
                     getattr(module, name).copy_(getattr(source, name))
 
 
-def _users(plan: Plan) -> dict[str, dict[tuple[int, str, int], str]]:
-    """For each cluster of the bank who combines its templates, (model, layer, templates), by which vector."""
-    found: dict[str, dict[tuple[int, str, int], str]] = {}
+def _users(plan: Plan) -> dict[str, dict[User, str]]:
+    """For each cluster of the bank who combines its templates by which vector."""
+    found: dict[str, dict[User, str]] = {}
     for model, planned in enumerate(plan.models):
         for number, layer in enumerate(planned):
             for slab in plan.slabs(model, number):
                 assert slab.coefficients is not None
-                found.setdefault(slab.cluster, {})[model, layer.name, slab.templates] = slab.coefficients
+                user = model, layer.name, slab.templates, plan.blocks.get(layer.cluster)
+                found.setdefault(slab.cluster, {})[user] = slab.coefficients
     return found

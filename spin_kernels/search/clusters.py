@@ -169,7 +169,7 @@ def build_clusters(networks: Sequence[Shapes], numbers: Sequence[Sequence[int]])
     layers: dict[int, list[tuple[int, int]]] = {}
     for network, found in enumerate(numbers):
         for layer, number in enumerate(found):
-            if not isinstance(number, int) or number < 0:
+            if not isinstance(number, int) or isinstance(number, bool) or number < 0:
                 raise ValueError(
                     f"numbers: expected integers from 0 on, got {number!r} for layer {layer} of network {network}; "
                     "give every layer a cluster"
@@ -232,7 +232,7 @@ def _checked(networks: Sequence[Shapes]) -> list[list[Shape]]:
         )
     for number, network in enumerate(checked):
         for layer, shape in enumerate(network):
-            if len(shape) < 2 or not all(isinstance(n, int) and n > 0 for n in shape):
+            if len(shape) < 2 or not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape):
                 raise ValueError(
                     f"networks: expected shapes (out, in, *kernel) of positive integers, got {shape} for layer {layer} "
                     f"of network {number}; give the shapes of weights"

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
+from ..nn.bank import FromBank
 from ..surgery import replaceable_layers
 from .clusters import BIN_TYPES, Cluster, Shape, build_clusters, number_layers
-from .coefficients import coefficient_vectors
+from .coefficients import SHARINGS, coefficient_vectors
 from .joining import Partner
 from .plans import Plan, PlannedLayer, layer_vectors
 from .templates import spend
@@ -65,6 +66,12 @@ def plan(
         ValueError: an argument is out of its range, no plan keeps the budget, or models have no such layers.
     """
     networks = as_models(models)
+    known = replaceable_all(networks)
+    _check_plain(networks, known)
+    if coefficients not in SHARINGS:
+        raise ValueError(
+            f"coefficients: expected one of {', '.join(SHARINGS)}, got {coefficients!r}; choose one of them"
+        )
     fitting = Fitting(
         budget=_budget(budget, networks, count), count=count, strict=strict, method=method, max_templates=max_templates
     )
@@ -75,9 +82,10 @@ def plan(
             for network in networks
         ]
         if not isinstance(clusters, str):
-            layers = _named(layers, replaceable_all(networks), clusters)
+            layers = _named(layers, known, clusters)
         if not all(layers):
             continue  # of models with a classifier only
+        _check_owners(networks, layers)
         order = sorted(range(len(networks)), key=lambda n: -len(layers[n]))
         shapes = [list(layers[n].values()) for n in order]
         numbers = (
@@ -93,12 +101,6 @@ def plan(
             tried.append(error)
         if not isinstance(clusters, str):
             break
-    if not tried:
-        raise ValueError(
-            "models: expected trained nn.Conv2d or nn.Linear layers in each, got "
-            f"{[sum(1 for _ in replaceable_layers(n, True)) for n in networks]}; give plain models, not ones that "
-            "were applied"
-        )
     least = min(error.least for error in tried)
     raise ValueError(
         f"budget: expected at least {least:,} parameters for these models, got {fitting.budget:,}; raise it, use fewer "
@@ -220,8 +222,14 @@ class _Choices:
         for layer in of_cluster:
             shapes[layer.shape] = shapes.get(layer.shape, 0) + 1
         vectors = len({layer.vectors[0] for layer in of_cluster})
-        levels = {(level, vector) for layer in of_cluster for level, vector in enumerate(layer.vectors)}
-        self.whole = sum(level.values for level in cluster.levels) + everything * len(levels)
+        made = {
+            (slab.cluster, slab.coefficients)
+            for model, layers in enumerate(smallest.models)
+            for number, layer in enumerate(layers)
+            if layer.cluster == cluster.number
+            for slab in smallest.slabs(model, number)
+        }
+        self.whole = sum(level.values for level in cluster.levels) + everything * len(made)
         # From one part of a layer's channels to the next the number of tiles stays, and the cost grows with the size.
         parts = [sorted({-(-m // n) for m in side for n in range(1, m + 1)}) for side in zip(
             *(shape[:2] for shape in shapes), strict=True)]  # fmt: skip
@@ -272,10 +280,47 @@ def as_models(models: Models) -> list[nn.Module]:
     return networks
 
 
+def _check_plain(networks: Sequence[nn.Module], known: Sequence[Mapping[str, Shape]]) -> None:
+    for model, (network, layers) in enumerate(zip(networks, known, strict=True)):
+        for module in network.modules():
+            if isinstance(module, FromBank) and isinstance(getattr(module.bank, "plan", None), Plan):
+                raise ValueError(
+                    f"models: expected plain models, got model {model} with layers that an earlier plan made; give "
+                    "the models before they were applied, or what spin.search.plain makes of them"
+                )
+        if not layers:
+            raise ValueError(
+                f"models: expected trained nn.Conv2d or nn.Linear layers in each, got none in model {model}; leave it "
+                "out, or set requires_grad"
+            )
+
+
+def _check_owners(networks: Sequence[nn.Module], layers: Sequence[Mapping[str, Shape]]) -> None:
+    owners: dict[int, tuple[int, str]] = {}
+    for model, (network, found) in enumerate(zip(networks, layers, strict=True)):
+        for name in found:
+            owner = owners.setdefault(id(network.get_submodule(name).weight), (model, name))
+            if owner != (model, name):
+                raise ValueError(
+                    f"models: expected layers with weights of their own, got {owner[1]!r} of model {owner[0]} and "
+                    f"{name!r} of model {model} with one; copy it, or name the other layers in clusters"
+                )
+
+
 def count_others(networks: Sequence[nn.Module], layers: Sequence[Mapping[str, Shape]]) -> int:
-    """What models train beside the weights of these layers, shared tensors once."""
-    own = _own_parameters(networks)
-    return own - sum(math.prod(shape) for found in layers for shape in found.values())
+    """What models train beside the weights of these layers, shared tensors once.
+
+    A tensor that another layer uses, too, such as an embedding, stays with that layer.
+    """
+    planned = {network.get_submodule(name) for network, found in zip(networks, layers, strict=True) for name in found}
+    others = {
+        id(parameter): parameter.numel()
+        for network in networks
+        for module in network.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.requires_grad and not (name == "weight" and module in planned)
+    }
+    return sum(others.values())
 
 
 def replaceable_all(networks: Sequence[nn.Module]) -> list[dict[str, Shape]]:
@@ -291,20 +336,23 @@ def _own_parameters(networks: Sequence[nn.Module]) -> int:
 
 
 def _budget(budget: int | float | str, networks: Sequence[nn.Module], count: str) -> int:
-    given = budget
+    given, fraction = budget, isinstance(budget, float)
     if isinstance(budget, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[kmbg]?)\s*", budget, re.IGNORECASE)
-        if found is None:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[kmbg]?)\s*", budget, re.IGNORECASE)
+        if match is None:
             raise ValueError(f"budget: expected a text such as '4.5M', '300k' or '25%', got {budget!r}; write it so")
-        number, unit = float(found[1]), found[2].lower()
-        budget = number / 100 if unit == "%" else round(number * _UNITS[unit])
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf:
-        raise ValueError(f"budget: expected a positive number of parameters, a text or a fraction, got {given!r}")
-    if isinstance(budget, float):
+        fraction = match[2] == "%"
+        budget = float(match[1]) / 100 if fraction else float(match[1]) * _UNITS[match[2].lower()]
+    if fraction:
         own = _own_parameters(networks)
         if count == "bank":
-            own = sum(layer.weight.numel() for network in networks for layer in replaceable_layers(network).values())
-        budget = round(budget * own)
+            found = [replaceable_layers(network) for network in networks]
+            found = found if all(found) else [replaceable_layers(network, True) for network in networks]
+            own = sum(layer.weight.numel() for layers in found for layer in layers.values())
+        budget *= own
+    if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < math.inf:
+        raise ValueError(f"budget: expected a positive number of parameters, a text or a fraction, got {given!r}")
+    budget = round(budget)
     if budget < 1:
         raise ValueError(f"budget: expected one parameter or more, got {given!r}; raise it")
     return budget
@@ -327,6 +375,11 @@ def _named(
 ) -> list[dict[str, Shape]]:
     """The layers that the clusters name."""
     named = _listed(clusters)
+    if not isinstance(named, Sequence) or not all(named) or not all(isinstance(found, Mapping) for found in named):
+        raise ValueError(
+            f"clusters: expected one of {', '.join(CLUSTERS)} or for each model the numbers of some layers by their "
+            f"names, got {clusters!r}; name layers of each model"
+        )
     if len(named) != len(layers):
         raise ValueError(f"clusters: expected the layers of each of {len(layers)} models, got those of {len(named)}")
     for model, (found, of_model) in enumerate(zip(named, known, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -70,9 +71,19 @@ class Plan:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, least in (("budget", 1), ("other_parameters", 0), ("max_templates", 1)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            if not _is_integer(value, least):
                 raise ValueError(f"{name}: expected an integer from {least} on, got {value!r}")
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict: expected true or false, got {self.strict!r}")
+        if self.threshold is not None and not _is_number(self.threshold):
+            raise ValueError(f"threshold: expected a number or none, got {self.threshold!r}")
         for model, layers in enumerate(self.models):
+            for layer in layers:
+                if not isinstance(layer.name, str) or not all(_is_integer(vector, 0) for vector in layer.vectors):
+                    raise ValueError(
+                        f"models: expected a name and numbers of vectors from 0 on of each layer, got {layer.name!r} "
+                        f"with {list(layer.vectors)} in model {model}; name the layer and number its vectors"
+                    )
             if len(names := [layer.name for layer in layers]) != len(set(names)):
                 raise ValueError(f"models: expected each layer of model {model} once, got {names}; remove the others")
         clusters = {cluster.number: cluster for cluster in self.clusters}
@@ -80,12 +91,12 @@ class Plan:
         if set(self.templates) != levels:
             raise ValueError(
                 f"templates: expected those of the levels {sorted(levels)} that the layers' shapes give, got "
-                f"{sorted(self.templates)}; add what is missing and remove the rest"
+                f"{list(self.templates)}; add what is missing and remove the rest"
             )
-        if wrong := {at: n for at, n in self.templates.items() if not isinstance(n, int) or n < 1}:
+        if wrong := {at: n for at, n in self.templates.items() if not _is_integer(n, 1)}:
             raise ValueError(f"templates: expected positive integers, got {wrong}; give every level one or more")
         for number, block in self.blocks.items():
-            if number not in clusters or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+            if number not in clusters or len(block) != 2 or not all(_is_integer(n, 1) for n in block):
                 raise ValueError(
                     f"blocks: expected positive (o, i) of one of the clusters {sorted(clusters)}, got {block} of "
                     f"{number}; remove it or name a cluster that has layers"
@@ -99,6 +110,11 @@ class Plan:
                             f"vectors: expected {member.levels} of layer {layer.name!r} of model {model}, one for each "
                             f"of its levels, got {list(layer.vectors)}; give each a number, a new one for its own"
                         )
+        if self.parameters >= 2**63:
+            raise ValueError(
+                f"templates, other_parameters: expected fewer than 2^63 parameters in all, got {self.parameters}; lower "
+                "them"
+            )
         if self.strict and self.spent > self.budget:
             raise ValueError(
                 f"budget: expected at least {self.spent} parameters for these templates, got {self.budget}; raise it, "
@@ -258,7 +274,7 @@ class Plan:
         """
         try:
             found = json.loads(Path(path).read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"path: expected a plan in JSON, got {str(path)!r}: {error}; save it again") from None
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             raise ValueError(f"path: expected a file with format {FORMAT!r}, got {str(path)!r}; save it with Plan.save")
@@ -267,18 +283,22 @@ class Plan:
             raise ValueError(f"path: expected the keys {sorted(expected)} in {str(path)!r}, got {sorted(found)}")
         try:
             models = tuple(
-                tuple(
-                    PlannedLayer(str(e["name"]), tuple(e["shape"]), e["cluster"], tuple(e["vectors"])) for e in layers
-                )
+                tuple(PlannedLayer(e["name"], tuple(e["shape"]), e["cluster"], tuple(e["vectors"])) for e in layers)
                 for layers in found.pop("models")
             )
-            templates = {(e["cluster"], e["level"]): e["templates"] for e in found.pop("templates")}
-            blocks = {e["cluster"]: tuple(e["block"]) for e in found.pop("blocks")}
+            listed, repeated = found.pop("templates"), found.pop("blocks")
+            templates = {(e["cluster"], e["level"]): e["templates"] for e in listed}
+            blocks = {e["cluster"]: tuple(e["block"]) for e in repeated}
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"path: expected layers with name, shape, cluster and vectors, and templates and blocks as Plan.save "
                 f"writes them, got {str(path)!r} with {error!r}; compare it with one that was saved"
             ) from None
+        if len(templates) < len(listed) or len(blocks) < len(repeated):
+            raise ValueError(
+                f"path: expected each level and each block once in {str(path)!r}, got {listed} and {repeated}; remove "
+                "what is there twice"
+            )
         del found["format"]
         return Plan(models, templates, blocks, **found)
 
@@ -369,6 +389,14 @@ def layer_vectors(
 def tile_parameters(shape: Shape, base: tuple[int, int]) -> int:
     """Alphas and betas of a weight that repeats one of (o, i): none where that is as large."""
     return 0 if base == shape[:2] else 2 * -(-shape[0] // base[0]) * -(-shape[1] // base[1])
+
+
+def _is_integer(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _list(entries: list[dict[str, Any]], indent: int = 4) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from .applying import bound_bank, plain
+from .applying import bound_bank, bound_layers, plain
 from .joining import Assignment, assign_clusters
 from .planning import Fitting, OverBudgetError, as_models
 from .plans import Plan
@@ -123,6 +122,7 @@ def weight_gradients(net: nn.Module, batches: Batches, loss_fn: Loss) -> tuple[l
         ValueError: there are no batches, or a loss or gradient is not finite.
     """
     plan: Plan = bound_bank(net, required=True).plan
+    bound_layers(net)
     networks = as_models(plain(net))
     weights = [[network.get_submodule(layer.name).weight for layer in layers]
                for network, layers in zip(networks, plan.models, strict=True)]  # fmt: skip
@@ -133,8 +133,9 @@ def weight_gradients(net: nn.Module, batches: Batches, loss_fn: Loss) -> tuple[l
             with torch.enable_grad():
                 loss = loss_fn(network(inputs), targets)
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not torch.isfinite(loss):
+                got = f"one of {tuple(loss.shape)}" if isinstance(loss, Tensor) and loss.numel() != 1 else loss
                 raise ValueError(
-                    f"batches: expected a finite scalar loss, got {loss} from model {model} in batch {count - 1}; "
+                    f"batches: expected a finite scalar loss, got {got} from model {model} in batch {count - 1}; "
                     "check inputs and targets, or train with a smaller learning rate"
                 )
             found = torch.autograd.grad(loss, weights[model], allow_unused=True)
@@ -175,15 +176,15 @@ def _vector_gradients(
     """For each network and bank the vectors of its layers, and what each layer adds to the gradient of its vector."""
     bank = bound_bank(net, required=True)
     plan: Plan = bank.plan
-    networks = as_models(net)
+    layers = bound_layers(net)
     values = bank.coefficients.values
     if not values.requires_grad:
         raise ValueError("net: expected coefficients that are trained, got requires_grad=False; set it to True")
-    vectors: list[dict[Bank, list[int]]] = [{} for _ in networks]
-    of_vectors: list[dict[Bank, list[Tensor]]] = [{} for _ in networks]
+    vectors: list[dict[Bank, list[int]]] = [{} for _ in layers]
+    of_vectors: list[dict[Bank, list[Tensor]]] = [{} for _ in layers]
     for network, model in enumerate(plan.order):
         for number, layer in enumerate(plan.models[model]):
-            module = networks[model].get_submodule(layer.name)
+            module = layers[model][number]
             with torch.enable_grad():
                 weight = module.repeated(bank.compose(module.bank_layers)[0]).view(layer.shape)
             (found,) = torch.autograd.grad(weight, values, gradients[model][number])
@@ -199,5 +200,8 @@ def _vector_gradients(
 
 
 def _check_threshold(threshold: float) -> None:
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or math.isnan(threshold):
-        raise ValueError(f"threshold: expected a number, got {threshold!r}; cosine similarities lie between -1 and 1")
+    # Beyond 1 it would be lowered for long, from inf for ever, before anything changes.
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not -1 <= threshold <= 1:
+        raise ValueError(
+            f"threshold: expected a number from -1 to 1, got {threshold!r}; cosine similarities lie between them"
+        )
