@@ -112,7 +112,7 @@ class Plan:
                         )
         if self.parameters >= 2**63:
             raise ValueError(
-                f"templates: expected fewer than 2^63 parameters in all, got {self.parameters}; lower them"
+                f"templates: expected fewer than 2^63 parameters, got {self.parameters}; lower them"
             )
         if self.strict and self.spent > self.budget:
             raise ValueError(
