@@ -5,18 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 
-import numpy as np
 from torch import nn
 
 from ..nn.bank import FromBank
 from ..surgery import replaceable_layers
-from .clusters import BIN_TYPES, Cluster, Shape, build_clusters, number_layers
-from .coefficients import SHARINGS, coefficient_vectors
-from .joining import Partner
-from .plans import Plan, PlannedLayer, layer_vectors
-from .templates import spend
+from .clusters import BIN_TYPES, Shape, number_layers
+from .coefficients import SHARINGS
+from .fitting import Fitting, OverBudgetError
+from .plans import Plan
 
 Models = nn.Module | Sequence[nn.Module]
 Numbers = Sequence[Mapping[str, int]]  # for each model the cluster of each layer, by its name
@@ -66,7 +63,7 @@ def plan(
         ValueError: an argument is out of its range, no plan keeps the budget, or models have no such layers.
     """
     networks = as_models(models)
-    known = replaceable_all(networks)
+    known = _planned_layers(networks, classifier=True)
     _check_plain(networks, known)
     if coefficients not in SHARINGS:
         raise ValueError(
@@ -75,190 +72,23 @@ def plan(
     fitting = Fitting(
         budget=_budget(budget, networks, count), count=count, strict=strict, method=method, max_templates=max_templates
     )
+    if isinstance(clusters, str):  # with classifiers of their own first; a model may have nothing else
+        chosen = [found for found in (_planned_layers(networks, which) for which in (False, True)) if all(found)]
+        choices = [(layers, _by_depth(layers, clusters, bins)) for layers in chosen]
+    else:
+        choices = [_by_name(known, clusters)]
     tried = []
-    for classifier in (False, True):
-        layers = [
-            {name: tuple(layer.weight.shape) for name, layer in replaceable_layers(network, classifier).items()}
-            for network in networks
-        ]
-        if not isinstance(clusters, str):
-            layers = _named(layers, known, clusters)
-        if not all(layers):
-            continue  # of models with a classifier only
+    for layers, numbers in choices:
         _check_owners(networks, layers)
-        order = sorted(range(len(networks)), key=lambda n: -len(layers[n]))
-        shapes = [list(layers[n].values()) for n in order]
-        numbers = (
-            _by_depth(shapes, clusters, bins)
-            if isinstance(clusters, str)
-            else [[_listed(clusters)[n][name] for name in layers[n]] for n in order]
-        )
-        of_models = [numbers[order.index(n)] for n in range(len(networks))]
-        others = count_others(networks, layers)
         try:
-            return fitting.fit(layers, of_models, others, coefficients)
+            return fitting.fit(layers, numbers, count_others(networks, layers), coefficients)
         except OverBudgetError as error:
             tried.append(error)
-        if not isinstance(clusters, str):
-            break
     least = min(error.least for error in tried)
     raise ValueError(
         f"budget: expected at least {least:,} parameters for these models, got {fitting.budget:,}; raise it, use fewer "
         "bins, or smaller models"
     )
-
-
-class OverBudgetError(ValueError):
-    """No plan keeps the budget; ``least`` is what would do."""
-
-    def __init__(self, least: int) -> None:
-        super().__init__(f"budget: expected at least {least:,} parameters; raise it")
-        self.least = least
-
-
-@dataclass(frozen=True)
-class Fitting:
-    """How much may be spent, and how it is counted; see :func:`plan`."""
-
-    budget: int
-    count: str
-    strict: bool
-    method: str
-    max_templates: int
-
-    def fit(
-        self,
-        layers: Sequence[Mapping[str, Shape]],
-        numbers: Sequence[Sequence[int]],
-        other_parameters: int,
-        coefficients: str = "position",
-        partners: Sequence[Mapping[int, Partner]] = (),
-        *,
-        repeat: bool = True,
-        threshold: float | None = None,
-    ) -> Plan:
-        """The plan with the most templates that keeps the budget, for layers whose clusters are known.
-
-        Args:
-            layers: for each model the shapes of its layers by their names.
-            numbers: for each model the clusters of its layers.
-            coefficients, partners: of :func:`~.coefficients.coefficient_vectors`; partners for the deepest model first.
-            repeat: whether clusters may get blocks that are repeated where ``strict`` needs them.
-
-        Raises:
-            OverBudgetError: no such plan keeps the budget.
-        """
-        order = sorted(range(len(layers)), key=lambda n: -len(layers[n]))
-        clusters = build_clusters([list(layers[n].values()) for n in order], [numbers[n] for n in order])
-        vectors = layer_vectors(clusters, coefficient_vectors(clusters, coefficients, partners))
-        models = tuple(
-            tuple(
-                PlannedLayer(name, shape, number, vectors[order.index(n), at])
-                for at, ((name, shape), number) in enumerate(zip(found.items(), numbers[n], strict=True))
-            )
-            for n, found in enumerate(layers)
-        )
-        settings = {
-            "budget": self.budget, "other_parameters": other_parameters, "count": self.count, "method": self.method,
-            "max_templates": self.max_templates, "threshold": threshold,
-        }  # fmt: skip
-        kept = other_parameters if self.count == "network" else 0
-
-        def spent(blocks: Mapping[int, tuple[int, int]]) -> Plan:
-            """As many templates as the budget buys for the clusters without blocks, and at least one for each level."""
-            whole = [cluster for cluster in clusters if cluster.number not in blocks]
-            beside = 0  # the number of coefficients depends on the banks, and what is left for banks on it
-            while True:
-                left = max(1, self.budget - kept - beside)
-                banks = spend(whole, left) if whole else []
-                templates = {(bank.cluster, bank.level): bank.templates for bank in banks}
-                found = Plan(models, templates, blocks, strict=False, **settings)
-                if found.spent <= self.budget or all(n == 1 for n in templates.values()):
-                    return found
-                beside += found.spent - self.budget
-
-        found = spent({})
-        if found.spent > self.budget and self.strict:
-            if not repeat:
-                raise OverBudgetError(found.spent)
-            found = spent(_blocks(clusters, found, self.budget - kept, self.count == "network"))
-        return replace(found, strict=self.strict)
-
-
-# --- clusters with too few values for their largest layer
-
-
-def _blocks(clusters: Sequence[Cluster], smallest: Plan, left: int, everything: bool) -> dict[int, tuple[int, int]]:
-    """The blocks of the clusters that have to repeat one.
-
-    A level of water: every cluster that needs more gets the largest block that stays below one limit, so that small
-    clusters, such as the first layer's, stay whole. (The alternative, a part of the budget for each cluster like its
-    part of the weights, would repeat in every cluster as soon as one has to.)
-    """
-    choices = [_Choices(cluster, smallest, everything) for cluster in clusters]
-    least = sum(choice.least for choice in choices)
-    if least > left:
-        raise OverBudgetError(least + smallest.budget - left)
-    low, high = 0, left  # the limit: sum(choice.at(low)) fits
-    while low < high:
-        limit = (low + high + 1) // 2
-        low, high = (limit, high) if sum(c.best(limit)[0] for c in choices) <= left else (low, limit - 1)
-    taken = [choice.best(low) for choice in choices]
-    spare = left - sum(cost for cost, _ in taken)
-    for n in sorted(range(len(choices)), key=lambda n: (-choices[n].whole, n)):  # what is left, largest first
-        spare += taken[n][0]
-        taken[n] = choices[n].best(taken[n][0] if spare < taken[n][0] else spare)
-        spare -= taken[n][0]
-    return {choice.number: block for choice, (_, block) in zip(choices, taken, strict=True) if block is not None}
-
-
-class _Choices:
-    """What a cluster can be made from, and what each of these costs."""
-
-    def __init__(self, cluster: Cluster, smallest: Plan, everything: bool) -> None:
-        self.number = cluster.number
-        of_cluster = [layer for layers in smallest.models for layer in layers if layer.cluster == cluster.number]
-        shapes: dict[Shape, int] = {}
-        for layer in of_cluster:
-            shapes[layer.shape] = shapes.get(layer.shape, 0) + 1
-        vectors = len({layer.vectors[0] for layer in of_cluster})
-        made = {
-            (slab.cluster, slab.coefficients)
-            for model, layers in enumerate(smallest.models)
-            for number, layer in enumerate(layers)
-            if layer.cluster == cluster.number
-            for slab in smallest.slabs(model, number)
-        }
-        self.whole = sum(level.values for level in cluster.levels) + everything * len(made)
-        # From one part of a layer's channels to the next the number of tiles stays, and the cost grows with the size.
-        parts = [sorted({-(-m // n) for m in side for n in range(1, m + 1)}) for side in zip(
-            *(shape[:2] for shape in shapes), strict=True)]  # fmt: skip
-        self.rows, self.columns = np.meshgrid(*parts, indexing="ij")
-        self.more = np.meshgrid(*(np.diff([*part, part[-1] + 1]) - 1 for part in parts), indexing="ij")
-        self.taps = cluster.taps
-        self.costs = self.rows * self.columns * self.taps
-        if everything:
-            self.costs += vectors
-            for (out, into, *_), layers in shapes.items():
-                tiles = -(-out // np.minimum(self.rows, out)) * -(-into // np.minimum(self.columns, into))
-                self.costs += np.where(tiles > 1, 2 * tiles, 0) * layers
-        self.least = min(self.whole, int(self.costs.min()))
-
-    def best(self, limit: int) -> tuple[int, tuple[int, int] | None]:
-        """The cost and the block of the most values within a limit; whole levels (None) or the least where none is."""
-        limit = max(limit, self.least)
-        if self.whole <= limit:
-            return self.whole, None
-        fits = self.costs <= limit
-        rows, columns, costs = self.rows[fits], self.columns[fits], self.costs[fits]
-        more_rows = np.minimum(self.more[0][fits], (limit - costs) // (columns * self.taps))
-        more_columns = np.minimum(self.more[1][fits], (limit - costs) // (rows * self.taps))
-        wider = rows * more_columns >= more_rows * columns
-        more_rows[wider], more_columns[~wider] = 0, 0
-        costs += ((rows + more_rows) * (columns + more_columns) - rows * columns) * self.taps
-        rows, columns = rows + more_rows, columns + more_columns
-        at = np.lexsort((-rows, costs, -rows * columns))[0]
-        return int(costs[at]), (int(rows[at]), int(columns[at]))
 
 
 # --- arguments
@@ -323,10 +153,10 @@ def count_others(networks: Sequence[nn.Module], layers: Sequence[Mapping[str, Sh
     return sum(others.values())
 
 
-def replaceable_all(networks: Sequence[nn.Module]) -> list[dict[str, Shape]]:
-    """The shapes of all layers that a plan may name, by model and name."""
+def _planned_layers(networks: Sequence[nn.Module], classifier: bool) -> list[dict[str, Shape]]:
+    """For each model the shapes of the layers that a plan may have, by name."""
     return [
-        {name: tuple(layer.weight.shape) for name, layer in replaceable_layers(network, True).items()}
+        {name: tuple(layer.weight.shape) for name, layer in replaceable_layers(network, classifier).items()}
         for network in networks
     ]
 
@@ -358,35 +188,35 @@ def _budget(budget: int | float | str, networks: Sequence[nn.Module], count: str
     return budget
 
 
-def _by_depth(shapes: list[list[Shape]], clusters: str, bins: int) -> list[list[int]]:
+def _by_depth(layers: Sequence[Mapping[str, Shape]], clusters: str, bins: int) -> list[list[int]]:
+    """For each model the cluster numbers of its layers."""
     if clusters not in CLUSTERS:
         raise ValueError(
             f"clusters: expected one of {', '.join(CLUSTERS)} or the numbers of layers by their names, got {clusters!r}"
         )
-    return number_layers(shapes, bins, CLUSTERS[clusters])
+    order = sorted(range(len(layers)), key=lambda n: -len(layers[n]))
+    numbers = number_layers([list(layers[n].values()) for n in order], bins, CLUSTERS[clusters])
+    return [numbers[order.index(n)] for n in range(len(layers))]
 
 
-def _listed(clusters: Mapping[str, int] | Numbers) -> Numbers:
-    return [clusters] if isinstance(clusters, Mapping) else clusters
-
-
-def _named(
-    layers: list[dict[str, Shape]], known: list[dict[str, Shape]], clusters: Mapping[str, int] | Numbers
-) -> list[dict[str, Shape]]:
-    """The layers that the clusters name."""
-    named = _listed(clusters)
+def _by_name(
+    known: Sequence[Mapping[str, Shape]], clusters: Mapping[str, int] | Numbers
+) -> tuple[list[dict[str, Shape]], list[list[int]]]:
+    """For each model the layers that the clusters name, and their numbers."""
+    named = [clusters] if isinstance(clusters, Mapping) else clusters
     if not isinstance(named, Sequence) or not all(named) or not all(isinstance(found, Mapping) for found in named):
         raise ValueError(
             f"clusters: expected one of {', '.join(CLUSTERS)} or for each model the numbers of some layers by their "
             f"names, got {clusters!r}; name layers of each model"
         )
-    if len(named) != len(layers):
-        raise ValueError(f"clusters: expected the layers of each of {len(layers)} models, got those of {len(named)}")
+    if len(named) != len(known):
+        raise ValueError(f"clusters: expected the layers of each of {len(known)} models, got those of {len(named)}")
+    layers = []
     for model, (found, of_model) in enumerate(zip(named, known, strict=True)):
         if unknown := [name for name in found if name not in of_model]:
             raise ValueError(
                 f"clusters: expected trained convolutions or linear layers of model {model}, such as "
                 f"{next(iter(of_model), 'none')!r}, got {', '.join(map(repr, unknown))}; name its own layers"
             )
-    return [{name: shape for name, shape in of_model.items() if name in found}
-            for found, of_model in zip(named, known, strict=True)]  # fmt: skip
+        layers.append({name: shape for name, shape in of_model.items() if name in found})
+    return layers, [[found[name] for name in of] for found, of in zip(named, layers, strict=True)]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .applying import bound_bank, bound_layers, plain
+from .fitting import Fitting, OverBudgetError
 from .joining import Assignment, assign_clusters
-from .planning import Fitting, OverBudgetError, as_models
+from .planning import as_models
 from .plans import Plan
 from .similarity import Similarities
 from .splitting import cluster_numbers
