@@ -13,6 +13,7 @@ from typing import Any
 
 from ..nn.bank import Slab
 from .clusters import Cluster, Shape, build_clusters
+from .files import replaced
 from .templates import Bank, Window, place_windows
 
 COUNTS = ("network", "bank")
@@ -253,13 +254,8 @@ class Plan:
         lines += [f'  "{name}": {_list(entries)}' for name, entries in lists.items()]
         models = ",\n    ".join(_list([asdict(layer) for layer in layers], 6) for layers in self.models)
         lines.append(f'  "models": [\n    {models}\n  ]')
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replaced(path) as beside:
             beside.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from ..ensemble import Ensemble, anytime_curve
 from .applying import apply
 from .data import Inputs, Pictures, read_pictures, shifted
+from .files import replaced
 from .model_text import make_model
 from .planning import as_models, plan
 from .plans import Plan
@@ -258,19 +258,10 @@ class Search:
 
 
 def _save(path: Path, state: Any) -> None:
-    """All or nothing: an interruption leaves what was there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replaced(path) as beside:
         torch.save(state, beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replaced(path) as beside:
         beside.write_text(text)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
