@@ -97,6 +97,12 @@ def test_more_templates(tmp_path: Path) -> None:
             reload(content, path)
         content["strict"] = False
         assert reload(content, path).parameters == more.parameters
+        for huge in (10**30, 10**400):
+            content["templates"][1]["templates"] = huge
+            with pytest.raises(
+                ValueError, match=r"^templates: expected fewer than 2\*\*63 parameters, got \d+; lower temp"
+            ):
+                reload(content, path)
 
 
 def test_other_clusters_and_vectors(tmp_path: Path) -> None:

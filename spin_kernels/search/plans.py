@@ -112,7 +112,9 @@ class Plan:
                             f"of its levels, got {list(layer.vectors)}; give each a number, a new one for its own"
                         )
         if self.parameters >= 2**63:
-            raise ValueError(f"templates: expected fewer than 2^63 parameters, got {self.parameters}; lower them")
+            raise ValueError(
+                f"templates: expected fewer than 2**63 parameters, got {self.parameters}; lower templates or shapes"
+            )
         if self.strict and self.spent > self.budget:
             raise ValueError(
                 f"budget: expected at least {self.spent} parameters for these templates, got {self.budget}; raise it, "
