@@ -15,6 +15,7 @@ from planned_models import (
     images,
     planned_layers,
     random_model,
+    trained,
     window,
 )
 from torch import Tensor, nn
@@ -251,3 +252,15 @@ def test_plain_models() -> None:
             for parameter in released.parameters():
                 parameter.zero_()
         assert same(before, net.state_dict())
+
+
+def test_models_with_more_beside_the_plan_do_not_exceed_its_budget() -> None:
+    model = small()
+    plan = search.plan(model, trained(model) // 2)
+    model.classifier = nn.Linear(model.classifier.in_features, 500)
+    with pytest.raises(
+        ValueError, match=r"^plan: expected at most [\d,]+ parameters, got [\d,]+ in these models; plan t"
+    ):
+        search.apply(model, plan)
+    model.classifier.requires_grad_(False)
+    assert trained(search.apply(model, plan)) <= plan.budget

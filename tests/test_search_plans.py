@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from planned_models import Net, depth_order, draws, random_models, random_settings, trained
@@ -174,6 +175,7 @@ def test_the_order_of_models_of_different_depths_does_not_matter() -> None:
     (".5m", "network", 500_000), ("2G", "network", 2 * 10**9), ("1b", "network", 10**9), (10**400, "network", 10**400),
     (0.5, "network", 223), ("50%", "network", 223), ("150 %", "network", 669), (1.0, "network", 446),
     (0.5, "bank", 195), ("50%", "bank", 195), (1e30, "network", round(446e30)),
+    (np.int64(1000), "network", 1000), (np.float32(0.5), "network", 223),
 ])  # fmt: skip
 def test_budgets(budget: float | str, count: str, expected: int) -> None:
     model = nn.Sequential(nn.Conv2d(3, 10, 3), nn.Conv2d(10, 12, 1), nn.BatchNorm2d(12), nn.Flatten(), nn.Linear(4, 4))

@@ -190,6 +190,19 @@ def test_clusters_that_stay_keep_templates_and_coefficients() -> None:
     assert new.bank.plan.templates[new.bank.plan.models[0][5].cluster, 0] == 8
 
 
+@pytest.mark.parametrize("coefficients", ["own", "cluster"])
+def test_splits_share_coefficients_as_the_plan_did(coefficients: str) -> None:
+    net = bound(deep(4).eval(), deep(4).eval(), budget=30.0, coefficients=coefficients)
+    plan = search.split(net, batches(), cross_entropy, 0.9)
+    clusters = {layer.cluster for layers in plan.models for layer in layers}
+    assert len(clusters) > len({layer.cluster for layers in net.bank.plan.models for layer in layers})
+    users: dict[tuple[int, int], list[int]] = {}
+    for layer in (layer for layers in plan.models for layer in layers):
+        users.setdefault((layer.cluster, 0), []).append(layer.vectors[0])
+    for vectors in users.values():
+        assert len(set(vectors)) == (1 if coefficients == "cluster" else len(vectors))
+
+
 def test_comparing_weights_too() -> None:
     """Layers of one size have one weight here, which makes other clusters where it counts."""
     net, given = bound(deep(6), budget=30.0, coefficients="cluster"), batches()
@@ -319,6 +332,7 @@ SPLIT_AND_UNSHARE: list[tuple[Callable[[Any], Any], str]] = [
     (lambda f: f(NET, [], cross_entropy), r"^batches: expected one or more, got none; an iterator can be used once$"),
     (lambda f: [f(NET, once, cross_entropy) for once in [iter(BATCHES)] * 2], r"^batches: expected one or more, got "),
     (lambda f: f(NET, BATCHES, lambda y, _: y), r"^batches: expected a finite scalar loss, got one of \(2, 5\) from "),
+    (lambda f: f(NET, BATCHES, lambda y, _: y.detach().sum()), r"^loss_fn: expected a loss with a gradient, got none"),
     (lambda f: f(NET, BATCHES, lambda y, _: 1.0), r"^batches: expected a finite scalar loss, got 1.0 from model 0 in "),
     (lambda f: f(NET, BATCHES, lambda y, _: y.sum() * NAN), r"^batches: .* got nan from model 0 in batch 0; check inp"),
     (

@@ -108,6 +108,11 @@ def apply(models: Models, plan: Plan) -> nn.Module:
             new = from_bank(layer, bank, plan.slabs(model, number), plan.base(model, number))
             replace(network, plan.models[model][number].name, new)
         bank.attach(network)
+    trained = sum(p.numel() for p in {*nn.ModuleList(copies).parameters(), *bank.parameters()} if p.requires_grad)
+    if plan.strict and plan.count == "network" and trained > plan.budget:
+        raise ValueError(
+            f"plan: expected at most {plan.budget:,} parameters, got {trained:,} in these models; plan these models"
+        )
     bank.plan = plan
     bank.train(all(network.training for network in copies))
     if before is not None:

@@ -56,6 +56,7 @@ class Fitting:
         """
         order = sorted(range(len(layers)), key=lambda n: -len(layers[n]))
         clusters = build_clusters([list(layers[n].values()) for n in order], [numbers[n] for n in order])
+        partners = partners if coefficients == "position" and any(partners) else ()
         vectors = layer_vectors(clusters, coefficient_vectors(clusters, coefficients, partners))
         models = tuple(
             tuple(
@@ -66,7 +67,7 @@ class Fitting:
         )
         settings = {
             "budget": self.budget, "other_parameters": other_parameters, "count": self.count, "method": self.method,
-            "max_templates": self.max_templates, "threshold": threshold,
+            "max_templates": self.max_templates, "coefficients_of": coefficients, "threshold": threshold,
         }  # fmt: skip
         kept = other_parameters if self.count == "network" else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 
 from torch import nn
 
@@ -166,7 +167,10 @@ def _own_parameters(networks: Sequence[nn.Module]) -> int:
 
 
 def _budget(budget: int | float | str, networks: Sequence[nn.Module], count: str) -> int:
-    given, fraction = budget, isinstance(budget, float)
+    given = budget
+    if isinstance(budget, Real) and not isinstance(budget, bool):  # NumPy's numbers, too
+        budget = int(budget) if isinstance(budget, Integral) else float(budget)
+    fraction = isinstance(budget, float)
     if isinstance(budget, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[kmbg]?)\s*", budget, re.IGNORECASE)
         if match is None:

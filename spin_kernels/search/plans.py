@@ -13,6 +13,7 @@ from typing import Any
 
 from ..nn.bank import Slab
 from .clusters import Cluster, Shape, build_clusters
+from .coefficients import SHARINGS
 from .files import replaced
 from .templates import Bank, Window, place_windows
 
@@ -49,6 +50,7 @@ class Plan:
         strict: whether the budget may not be exceeded; the published rule gives every cluster its largest layer.
         method: ``"paper"`` or ``"stable"``, of this plan and of later splits.
         max_templates: the most that a layer combines in each of its levels.
+        coefficients_of: which layers share vectors after a split, see :func:`~spin_kernels.search.plan`.
         threshold: the similarity that the last split or unsharing came down to; None without one.
 
     Raises:
@@ -64,10 +66,11 @@ class Plan:
     strict: bool = True
     method: str = "paper"
     max_templates: int = 8
+    coefficients_of: str = "position"
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        for name, known in (("count", COUNTS), ("method", METHODS)):
+        for name, known in (("count", COUNTS), ("method", METHODS), ("coefficients_of", SHARINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}")
         for name, least in (("budget", 1), ("other_parameters", 0), ("max_templates", 1)):

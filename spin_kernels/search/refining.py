@@ -78,8 +78,8 @@ def split(
         numbers = dict(zip(old.order, cluster_numbers(assigned.clusters), strict=True))
         try:
             found = fitting.fit(
-                layers, [numbers[n] for n in range(len(layers))], old.other_parameters,
-                partners=assigned.partners if any(assigned.partners) else (), repeat=False, threshold=threshold,
+                layers, [numbers[n] for n in range(len(layers))], old.other_parameters, old.coefficients_of,
+                assigned.partners, repeat=False, threshold=threshold,
             )  # fmt: skip
         except OverBudgetError:
             threshold -= STEP
@@ -139,6 +139,8 @@ def weight_gradients(net: nn.Module, batches: Batches, loss_fn: Loss) -> tuple[l
                     f"batches: expected a finite scalar loss, got {got} from model {model} in batch {count - 1}; "
                     "check inputs and targets, or train with a smaller learning rate"
                 )
+            if not loss.requires_grad:
+                raise ValueError("loss_fn: expected a loss with a gradient, got none; compute it from the output")
             found = torch.autograd.grad(loss, weights[model], allow_unused=True)
             for total, gradient in zip(gradients[model], found, strict=True):
                 if gradient is not None:
