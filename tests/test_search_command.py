@@ -2,10 +2,8 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,29 +109,44 @@ def test_an_interrupted_search_ends_as_one_that_was_not(settings: Settings, tmp_
     assert Search(settings, tmp_path / "parts", interrupt).run()["parameters"] == found["parameters"]  # nothing to do
 
 
+INTERRUPTED = """
+import os, signal
+from spin_kernels.__main__ import main
+from spin_kernels.search.training import Trainer
+epoch = Trainer.epoch
+def interrupted(self, *args):
+    if self.epochs_done == 2:
+        os.kill(os.getpid(), signal.SIGINT)
+    return epoch(self, *args)
+Trainer.epoch = interrupted
+main()
+"""
+
+
 def test_the_command_goes_on_after_a_signal(settings: Settings, tmp_path: Path) -> None:
-    command = [
-        sys.executable, "-m", "spin_kernels", "search", SMALL, "--data", settings.data, "--budget", "2k", "--out",
-        str(tmp_path / "out"), "--epochs", "4", "--search-epochs", "1", "--batch", "16",
+    arguments = [
+        "search", SMALL, "--data", settings.data, "--budget", "2k", "--out", str(tmp_path / "out"), "--epochs", "4",
+        "--search-epochs", "1", "--batch", "16",
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        until = time.monotonic() + 120
-        while not (tmp_path / "out" / "state.pt").exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        text = process.communicate(timeout=120)[1]
-    assert process.returncode == 1
-    assert "the same command goes on" in text
+
+    def run(*how: str) -> subprocess.CompletedProcess:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run([sys.executable, *how], capture_output=True, text=True, env=environment, check=False)
+
+    stopped = run("-c", INTERRUPTED, *arguments)
+    assert stopped.returncode == 1
+    assert "the same command goes on" in stopped.stderr
     state = torch.load(tmp_path / "out" / "state.pt", weights_only=True)
-    assert state["history"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    assert [entry["stage"] for entry in state["history"]] == ["search", "train", "train"]
+    done = run("-m", "spin_kernels", *arguments)
+    assert done.returncode == 0
     assert done.stdout.startswith("1,9")
     assert "wrote" in done.stdout
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["history"][: len(state["history"])] == state["history"]
+    assert results["history"][:3] == state["history"]
+    assert len(results["history"]) == 5
     assert results["parameters"] <= 2000
-    other = subprocess.run([*command, "--seed", "1"], capture_output=True, text=True, env=environment, check=False)
+    other = run("-m", "spin_kernels", *arguments, "--seed", "1")
     assert other.returncode == 2
     assert "got other seed" in " ".join(other.stderr.replace("│", "").split())
 
