@@ -24,7 +24,6 @@ from study import (
     Workers,
     batches,
     each,
-    parameters,
     show,
     small_digits,
     summary,
@@ -34,6 +33,7 @@ from study import (
 from torch import nn
 
 import spin_kernels as spin
+from spin_kernels.weights import count_parameters
 
 SHAPES = {"WRN-16-1": (16, 1), "WRN-10-2": (10, 2), "WRN-10-1": (10, 1)}
 OWN = "of their own"
@@ -51,7 +51,7 @@ def run(way: str, seed: int, epochs: int) -> list[dict]:
     if way == OWN:
         nets = nn.ModuleList(train(model, images, labels, epochs, seed) for model in models)
     else:
-        sizes = [parameters(model) for model in models]
+        sizes = [count_parameters(model) for model in models]
         plan = spin.search.plan(models, max(sizes) if way == "bank as the largest" else sum(sizes) // 4)
         nets = train(spin.search.apply(models, plan), images, labels, epochs, seed)
     fifth = torch.arange(len(test_labels)) % 5 == 0
@@ -65,8 +65,8 @@ def run(way: str, seed: int, epochs: int) -> list[dict]:
     rows += [(f"first {n}", point) for n, point in enumerate(spin.ensemble.anytime_curve(ensemble, test), 1)]
     return [
         {
-            "weights": way, "members": name, "seed": seed, "parameters": parameters(nets), "kFLOPs": point.flops / 1e3,
-            "accuracy": point.accuracy, "NLL": point.nll, "ECE": point.ece,
+            "weights": way, "members": name, "seed": seed, "parameters": count_parameters(nets),
+            "kFLOPs": point.flops / 1e3, "accuracy": point.accuracy, "NLL": point.nll, "ECE": point.ece,
         }
         for name, point in rows
     ]  # fmt: skip

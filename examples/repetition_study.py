@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 import typer
 from digits import accuracy, digits
-from study import CORES, Epochs, Out, Seeds, Workers, each, parameters, show, small_digits, summary, train, write
+from study import CORES, Epochs, Out, Seeds, Workers, each, show, small_digits, summary, train, write
 from torch import Tensor, nn
 
 import spin_kernels as spin
+from spin_kernels.weights import count_parameters
 
 UPRIGHT = ("base", "big", "swish", "sign", "linear")
 TURNED = ("z2cnn", "p4cnn", "p4cnn_repeated")
@@ -62,7 +63,7 @@ def run(name: str, seed: int, epochs: int) -> list[dict]:
     train(net, images, labels, epochs, seed)
     score = accuracy(net, test_images, test_labels)
     digit = "turned" if name in TURNED else "upright"
-    return [{"digits": digit, "network": name, "seed": seed, "parameters": parameters(net), "accuracy": score}]
+    return [{"digits": digit, "network": name, "seed": seed, "parameters": count_parameters(net), "accuracy": score}]
 
 
 def main(out: Out, seeds: Seeds = 3, epochs: Epochs = 12, turned_epochs: Epochs = 10, workers: Workers = CORES) -> None:

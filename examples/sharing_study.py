@@ -22,12 +22,13 @@ import typer
 from digits import Digits, accuracy, adamw, digits
 from rich.console import Console
 from rich.table import Table
-from study import CORES, Epochs, Out, Seeds, Workers, each, parameters, spread, write
+from study import CORES, Epochs, Out, Seeds, Workers, each, spread, write
 
 import spin_kernels as spin
 from spin_kernels.analysis import block_similarity
 from spin_kernels.nn.fused_mixer import REDUCTIONS
 from spin_kernels.search.data import shifted
+from spin_kernels.weights import count_parameters
 
 DIM, DEPTH, KERNEL, RATE, BATCH = 32, 8, 3, 4, 64
 Model = spin.models.ConvMixer
@@ -41,7 +42,7 @@ def network(seed: int, dim: int = DIM, **plan: object) -> Model:
 
 def narrower(seed: int, size: int) -> Model:
     """The widest unshared network of at most `size` parameters."""
-    return network(seed, max(dim for dim in range(4, DIM + 1) if parameters(network(seed, dim)) <= size))
+    return network(seed, max(dim for dim in range(4, DIM + 1) if count_parameters(network(seed, dim)) <= size))
 
 
 def train(model: Model, data: Digits, epochs: int, seed: int, learning_rate: float = 0.01) -> float:
@@ -82,14 +83,17 @@ def run(job: tuple[str, str] | str, seed: int, epochs: int) -> Iterator[dict]:
     def row(group: str, name: str, model: Model, epochs: int, **options: float) -> dict:
         score = train(model, data, epochs, seed, **options)
         shared = spin.fusion.fold(model) if isinstance(model.mixer, spin.nn.FusedMixer) else model
-        return {"group": group, "name": name, "seed": seed, "parameters": parameters(shared), "accuracy": score}
+        return {"group": group, "name": name, "seed": seed, "parameters": count_parameters(shared), "accuracy": score}
 
     if isinstance(job, tuple):
         yield row(*job, network(seed, **alone()[job]), epochs)
     elif job == "narrow":
         for rate in (2, 4, 8):
             yield row(
-                "narrower, as large as", f"rate {rate}", narrower(seed, parameters(network(seed, rate=rate))), epochs
+                "narrower, as large as",
+                f"rate {rate}",
+                narrower(seed, count_parameters(network(seed, rate=rate))),
+                epochs,
             )
     elif job == "long":
         yield row("from scratch or fused, rate 4", "scratch, twice as long", network(seed, rate=RATE), 2 * epochs)

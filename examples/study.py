@@ -62,10 +62,6 @@ def train(net: nn.Module, images: Tensor, labels: Tensor, epochs: int, seed: int
     return net.eval()
 
 
-def parameters(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters() if p.requires_grad)
-
-
 def batches(images: Tensor, labels: Tensor, size: int = 250) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(size), labels.split(size), strict=True))
 

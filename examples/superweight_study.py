@@ -31,7 +31,6 @@ from study import (
     Workers,
     batches,
     each,
-    parameters,
     show,
     small_digits,
     summary,
@@ -41,6 +40,7 @@ from study import (
 from torch import nn
 
 import spin_kernels as spin
+from spin_kernels.weights import count_parameters
 
 BUDGETS, BASE = (0.1, 0.25, 0.5, 0.75), 8
 WAYS = ("SuperWeights", "without split", "split by weights", "narrower")
@@ -53,7 +53,7 @@ def network(seed: int, base_channels: int = BASE) -> nn.Module:
 
 def narrower(seed: int, size: int) -> nn.Module:
     """The plain network that is the nearest to this size."""
-    sizes = {channels: parameters(network(seed, channels)) for channels in range(1, BASE + 1)}
+    sizes = {channels: count_parameters(network(seed, channels)) for channels in range(1, BASE + 1)}
     return network(seed, min(sizes, key=lambda channels: abs(sizes[channels] - size)))
 
 
@@ -64,7 +64,7 @@ def run(way: str, budget: float, seed: int, epochs: int) -> list[dict]:
     if way == "plain":
         net = model
     elif way == "narrower":
-        net = narrower(seed, round(budget * parameters(model)))
+        net = narrower(seed, round(budget * count_parameters(model)))
     else:
         plan = spin.search.plan(model, budget)
         if way != "without split":
@@ -79,7 +79,7 @@ def run(way: str, budget: float, seed: int, epochs: int) -> list[dict]:
     score = accuracy(net, test_images, test_labels)
     return [
         {
-            "network": way, "budget": f"{budget:.0%}", "seed": seed, "parameters": parameters(net),
+            "network": way, "budget": f"{budget:.0%}", "seed": seed, "parameters": count_parameters(net),
             "clusters": clusters, "accuracy": score,
         }
     ]  # fmt: skip

@@ -175,6 +175,7 @@ def test_the_order_of_models_of_different_depths_does_not_matter() -> None:
     (".5m", "network", 500_000), ("2G", "network", 2 * 10**9), ("1b", "network", 10**9), (10**400, "network", 10**400),
     (0.5, "network", 223), ("50%", "network", 223), ("150 %", "network", 669), (1.0, "network", 446),
     (0.5, "bank", 195), ("50%", "bank", 195), (1e30, "network", round(446e30)),
+    ("0.5", "network", 223), ("1.5", "network", 669),
     (np.int64(1000), "network", 1000), (np.float32(0.5), "network", 223),
 ])  # fmt: skip
 def test_budgets(budget: float | str, count: str, expected: int) -> None:

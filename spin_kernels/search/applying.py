@@ -11,6 +11,7 @@ from torch import nn
 from ..nn.bank import SuperWeightBank
 from ..nn.superweight import SuperConv2d, SuperLinear
 from ..surgery import from_bank, replace
+from ..weights import count_parameters
 from .planning import Models, as_models
 from .plans import Plan
 
@@ -108,7 +109,7 @@ def apply(models: Models, plan: Plan) -> nn.Module:
             new = from_bank(layer, bank, plan.slabs(model, number), plan.base(model, number))
             replace(network, plan.models[model][number].name, new)
         bank.attach(network)
-    trained = sum(p.numel() for p in {*nn.ModuleList(copies).parameters(), *bank.parameters()} if p.requires_grad)
+    trained = count_parameters(nn.ModuleList([*copies, bank]))
     if plan.strict and plan.count == "network" and trained > plan.budget:
         raise ValueError(
             f"plan: expected at most {plan.budget:,} parameters, got {trained:,} in these models; plan these models"

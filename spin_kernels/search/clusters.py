@@ -8,7 +8,7 @@ levels up to its own shape, so that a large layer contains what the small ones a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -106,6 +106,11 @@ class Cluster:
                 found.append(Rectangle(number, rows, 0, out - rows, into, into, skip))
             rows, columns = out, into
         return [part for part in found if part.out > 0 and part.in_channels > 0]
+
+
+def deepest_first(networks: Sequence[Sized]) -> list[int]:
+    """The numbers of the networks, or of anything with a length, in the order that the published rules go by."""
+    return sorted(range(len(networks)), key=lambda n: -len(networks[n]))
 
 
 def number_layers(networks: Sequence[Shapes], bins: int, bin_type: str = BIN_TYPES[0]) -> list[list[int]]:

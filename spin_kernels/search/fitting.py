@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .clusters import Cluster, Shape, build_clusters
+from .clusters import Cluster, Shape, build_clusters, deepest_first
 from .coefficients import coefficient_vectors
 from .joining import Partner
 from .plans import Plan, PlannedLayer, layer_vectors
@@ -54,7 +54,7 @@ class Fitting:
         Raises:
             OverBudgetError: no such plan keeps the budget.
         """
-        order = sorted(range(len(layers)), key=lambda n: -len(layers[n]))
+        order = deepest_first(layers)
         clusters = build_clusters([list(layers[n].values()) for n in order], [numbers[n] for n in order])
         partners = partners if coefficients == "position" and any(partners) else ()
         vectors = layer_vectors(clusters, coefficient_vectors(clusters, coefficients, partners))

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..nn.bank import FromBank
 from ..surgery import replaceable_layers
-from .clusters import BIN_TYPES, Shape, number_layers
+from ..weights import count_parameters
+from .clusters import BIN_TYPES, Shape, deepest_first, number_layers
 from .coefficients import SHARINGS
 from .fitting import Fitting, OverBudgetError
 from .plans import Plan
@@ -42,7 +43,7 @@ def plan(
     Args:
         models: a model, or several that will share the bank.
         budget: the number of parameters of all models together, ``"4.5M"``, or a fraction of the models' own (a float,
-            or ``"25%"``).
+            ``"0.25"`` or ``"25%"``).
         clusters: ``"depth"``: the layers of a kernel size are cut into runs, ``bins`` clusters in all; ``"length"``:
             runs of ``bins`` layers; or for each model the number of the cluster of each layer, by its name: layers
             that are not named stay as they are.
@@ -162,10 +163,6 @@ def _planned_layers(networks: Sequence[nn.Module], classifier: bool) -> list[dic
     ]
 
 
-def _own_parameters(networks: Sequence[nn.Module]) -> int:
-    return sum(p.numel() for p in nn.ModuleList(networks).parameters() if p.requires_grad)
-
-
 def _budget(budget: int | float | str, networks: Sequence[nn.Module], count: str) -> int:
     given = budget
     if isinstance(budget, Real) and not isinstance(budget, bool):  # NumPy's numbers, too
@@ -175,10 +172,10 @@ def _budget(budget: int | float | str, networks: Sequence[nn.Module], count: str
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(%|[kmbg]?)\s*", budget, re.IGNORECASE)
         if match is None:
             raise ValueError(f"budget: expected a text such as '4.5M', '300k' or '25%', got {budget!r}; write it so")
-        fraction = match[2] == "%"
-        budget = float(match[1]) / 100 if fraction else float(match[1]) * _UNITS[match[2].lower()]
+        fraction = match[2] == "%" or (not match[2] and "." in match[1])
+        budget = float(match[1]) / (100 if match[2] else 1) if fraction else float(match[1]) * _UNITS[match[2].lower()]
     if fraction:
-        own = _own_parameters(networks)
+        own = count_parameters(nn.ModuleList(networks))
         if count == "bank":
             found = [replaceable_layers(network) for network in networks]
             found = found if all(found) else [replaceable_layers(network, True) for network in networks]
@@ -198,7 +195,7 @@ def _by_depth(layers: Sequence[Mapping[str, Shape]], clusters: str, bins: int) -
         raise ValueError(
             f"clusters: expected one of {', '.join(CLUSTERS)} or the numbers of layers by their names, got {clusters!r}"
         )
-    order = sorted(range(len(layers)), key=lambda n: -len(layers[n]))
+    order = deepest_first(layers)
     numbers = number_layers([list(layers[n].values()) for n in order], bins, CLUSTERS[clusters])
     return [numbers[order.index(n)] for n in range(len(layers))]
 

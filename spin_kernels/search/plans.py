@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..nn.bank import Slab
-from .clusters import Cluster, Shape, build_clusters
+from .clusters import Cluster, Shape, build_clusters, deepest_first
 from .coefficients import SHARINGS
 from .files import replaced
 from .templates import Bank, Window, place_windows
@@ -129,7 +129,7 @@ class Plan:
     @cached_property
     def order(self) -> list[int]:
         """The models, deepest first, as :attr:`clusters` and the published rules number them."""
-        return sorted(range(len(self.models)), key=lambda model: -len(self.models[model]))
+        return deepest_first(self.models)
 
     @cached_property
     def clusters(self) -> tuple[Cluster, ...]:

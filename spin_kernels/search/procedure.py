@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -128,18 +127,8 @@ class Search:
 
     def _plan(self, networks: list[nn.Module]) -> Plan:
         s = self.settings
-        budget: Any = s.budget
-        with suppress(ValueError):
-            budget = float(budget) if "." in budget or "e" in budget.lower() else int(budget)
-        return plan(
-            networks,
-            budget,
-            bins=s.bins,
-            max_templates=s.max_templates,
-            count=s.count,
-            strict=s.strict,
-            method=s.method,
-        )
+        options = {"max_templates": s.max_templates, "count": s.count, "strict": s.strict, "method": s.method}
+        return plan(networks, s.budget, bins=s.bins, **options)
 
     def _networks(self) -> list[nn.Module]:
         """The models as they begin."""

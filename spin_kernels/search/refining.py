@@ -103,10 +103,10 @@ def unshare(net: nn.Module, batches: Batches, loss_fn: Loss, threshold: float = 
     vectors, of_vectors = _vector_gradients(net, gradients)
     while threshold > -1 - STEP:
         unshared = unshare_vectors(vectors, of_vectors, threshold)
-        try:
-            return old.with_vectors(list(unshared.vectors), threshold)
-        except ValueError:  # over a strict budget: the old plan's parts fit together
-            threshold -= STEP
+        found = replace(old, strict=False).with_vectors(list(unshared.vectors), threshold)
+        if not old.strict or found.spent <= old.budget:
+            return replace(found, strict=old.strict)
+        threshold -= STEP
     return replace(old, threshold=None)
 
 
