@@ -1,12 +1,12 @@
 """What a bank of templates is worth at four budgets, on 5,000 MNIST digits (SuperWeight Networks, arXiv 2312.01280).
 
 ``pip install -e '.[examples]' && python examples/superweight_study.py OUT``: a WRN-22-1 of 8 to 32 channels, and with
-10, 25, 50 and 75 % of its parameters
+as many parameters as one of 3, 4, 6 and 7 to four times as many channels
 
 - SuperWeights: clusters by depth for a fifth of the epochs, split where gradients disagree, trained anew;
 - the same without the split;
 - clusters split by the similarity of weights, as sharing by similarity did before;
-- a plain network with fewer channels, the nearest in size.
+- that narrower network itself.
 
 Three seeds; half of the digits are held out, so that a tenth of a per cent is 2.5 digits.
 """
@@ -42,7 +42,7 @@ from torch import nn
 import spin_kernels as spin
 from spin_kernels.weights import count_parameters
 
-BUDGETS, BASE = (0.1, 0.25, 0.5, 0.75), 8
+BASE, NARROWER = 8, (3, 4, 6, 7)  # channels of the first stage
 WAYS = ("SuperWeights", "without split", "split by weights", "narrower")
 
 
@@ -51,21 +51,13 @@ def network(seed: int, base_channels: int = BASE) -> nn.Module:
     return spin.models.wide_resnet(22, 1, in_channels=1, base_channels=base_channels)
 
 
-def narrower(seed: int, size: int) -> nn.Module:
-    """The plain network that is the nearest to this size."""
-    sizes = {channels: count_parameters(network(seed, channels)) for channels in range(1, BASE + 1)}
-    return network(seed, min(sizes, key=lambda channels: abs(sizes[channels] - size)))
-
-
-def run(way: str, budget: float, seed: int, epochs: int) -> list[dict]:
+def run(way: str, channels: int, seed: int, epochs: int) -> list[dict]:
     """One row: what is trained, for `epochs`, and how well it does."""
     images, labels, test_images, test_labels = small_digits(seed)
-    model = network(seed)
-    if way == "plain":
-        net = model
-    elif way == "narrower":
-        net = narrower(seed, round(budget * count_parameters(model)))
-    else:
+    net, model = network(seed, channels), network(seed)
+    budget = count_parameters(net)
+    bank = way not in ("plain", "narrower")
+    if bank:
         plan = spin.search.plan(model, budget)
         if way != "without split":
             net = spin.search.apply(model, plan)
@@ -75,12 +67,12 @@ def run(way: str, budget: float, seed: int, epochs: int) -> list[dict]:
         torch.manual_seed(seed)  # where nothing was split, the same as without
         net = spin.search.apply(model, plan)
     train(net, images, labels, epochs, seed)
-    clusters = len({layer.cluster for layer in plan.models[0]}) if way not in ("plain", "narrower") else 0
+    clusters = len({layer.cluster for layer in plan.models[0]}) if bank else 0
     score = accuracy(net, test_images, test_labels)
     return [
         {
-            "network": way, "budget": f"{budget:.0%}", "seed": seed, "parameters": count_parameters(net),
-            "clusters": clusters, "accuracy": score,
+            "budget": f"{budget / count_parameters(model):.0%}", "network": way, "seed": seed,
+            "parameters": count_parameters(net), "clusters": clusters, "accuracy": score,
         }
     ]  # fmt: skip
 
@@ -89,10 +81,9 @@ def main(out: Out, seeds: Seeds = 3, epochs: Epochs = 10, workers: Workers = COR
     """Trains everything, prints the table, writes the figure."""
     out.parent.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    cases = [("plain", 1.0), *((way, budget) for budget in reversed(BUDGETS) for way in WAYS)]
+    cases = [("plain", BASE), *((way, channels) for channels in reversed(NARROWER) for way in WAYS)]
     rows = each(run, [(*case, seed, epochs) for case in cases for seed in range(seeds)], workers)
-    order = {case: n for n, case in enumerate([("plain", 1.0), *((w, b) for b in BUDGETS for w in WAYS)])}
-    rows.sort(key=lambda row: order[row["network"], float(row["budget"].rstrip("%")) / 100])
+    rows.sort(key=lambda row: (int(row["budget"].rstrip("%")), ("plain", *WAYS).index(row["network"])))
     found = summary(rows, ("budget", "network"), ("parameters", "clusters", "accuracy"))
     show(found, f"held-out accuracy, mean ± deviation of {seeds} seeds")
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -100,8 +91,10 @@ def main(out: Out, seeds: Seeds = 3, epochs: Epochs = 10, workers: Workers = COR
         points = [row for row in found if row["network"] == way]
         x, y, deviation = zip(*((r["parameters"][0], *(100 * v for v in r["accuracy"])) for r in points), strict=True)
         axis.errorbar(x, y, deviation, marker="o", capsize=3, label=way)
-    plain = found[0]["accuracy"]
-    axis.axhline(100 * plain[0], color="gray", linestyle="--", label=f"plain, {found[0]['parameters'][0]:,.0f}")
+    plain = found[-1]
+    axis.axhline(
+        100 * plain["accuracy"][0], color="gray", linestyle="--", label=f"plain, {plain['parameters'][0]:,.0f}"
+    )
     axis.set(xlabel="parameters", ylabel="held-out accuracy, %", xscale="log")
     axis.grid(alpha=0.3)
     axis.legend()

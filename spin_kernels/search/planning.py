@@ -20,6 +20,7 @@ from .plans import Plan
 Models = nn.Module | Sequence[nn.Module]
 Numbers = Sequence[Mapping[str, int]]  # for each model the cluster of each layer, by its name
 CLUSTERS = {"depth": BIN_TYPES[0], "length": BIN_TYPES[1]}
+_MOST = 1000.0  # times the models' own parameters; a larger float is a number of parameters, wrongly written
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}
 
 
@@ -175,6 +176,11 @@ def _budget(budget: int | float | str, networks: Sequence[nn.Module], count: str
         fraction = match[2] == "%" or (not match[2] and "." in match[1])
         budget = float(match[1]) / (100 if match[2] else 1) if fraction else float(match[1]) * _UNITS[match[2].lower()]
     if fraction:
+        if _MOST < budget < math.inf:
+            raise ValueError(
+                f"budget: expected a fraction of the models' own parameters of at most {_MOST:,.0f}, got {given!r}; "
+                "write a number of parameters as an integer"
+            )
         own = count_parameters(nn.ModuleList(networks))
         if count == "bank":
             found = [replaceable_layers(network) for network in networks]
