@@ -16,20 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import typer
-from study import (
-    CORES,
-    Epochs,
-    Out,
-    Seeds,
-    Workers,
-    batches,
-    each,
-    show,
-    small_digits,
-    summary,
-    train,
-    write,
-)
+from study import CORES, Epochs, Out, Seeds, Workers, batches, each, show, small_digits, summary, train, write
 from torch import nn
 
 import spin_kernels as spin

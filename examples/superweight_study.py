@@ -23,20 +23,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from digits import accuracy
-from study import (
-    CORES,
-    Epochs,
-    Out,
-    Seeds,
-    Workers,
-    batches,
-    each,
-    show,
-    small_digits,
-    summary,
-    train,
-    write,
-)
+from study import CORES, Epochs, Out, Seeds, Workers, batches, each, show, small_digits, summary, train, write
 from torch import nn
 
 import spin_kernels as spin
