@@ -115,5 +115,5 @@ def main(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `timeout` keeps the finished rows too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` keeps the finished rows too
     typer.run(main)

@@ -119,6 +119,7 @@ def interrupted(self, *args):
         os.kill(os.getpid(), signal.SIGINT)
     return epoch(self, *args)
 Trainer.epoch = interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where the parent runs in the background, it is ignored
 main()
 """
 

@@ -16,7 +16,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from triton_ops import configs, mixer
 
 ON_GPU = torch.cuda.is_available()
-SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "300"))
+SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "150"))
 CHUNKS = 10
 BLOCK = torch.ops.spin.shared_mixer_block.default
 pytestmark = pytest.mark.usefixtures("on_triton")

@@ -53,15 +53,15 @@ def test_random_shapes(chunk: int, statistics: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("eps", [None, EPS])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "identity"])
+@pytest.mark.parametrize(("activation", "eps"), [
+    *((name, eps) for name in ("gelu", "gelu_tanh", "relu", "silu") for eps in (None, EPS)),
+    ("identity", None),  # behind BatchNorm its scales have no gradient
+])  # fmt: skip
 def test_every_epilogue(activation: str, eps: float | None, dtype: torch.dtype) -> None:
-    if activation == "identity" and eps is not None:
-        activation = "silu"  # identity's scales have no gradient behind BatchNorm
     for rich in (True, False):
         check(
             mixer_arguments(
-                batch=3, channels=70, height=9, width=7, kernel=3, depth=3, filters=2, gain=rich, bias=not rich,
+                batch=3, channels=70, height=5, width=7, kernel=3, depth=2, filters=2, gain=rich, bias=not rich,
                 templates=2 if rich else None, activation=activation, pw_residual=rich, dtype=dtype,
             ),
             eps,
@@ -71,7 +71,7 @@ def test_every_epilogue(activation: str, eps: float | None, dtype: torch.dtype) 
 @pytest.mark.parametrize("eps", [None, EPS])
 @pytest.mark.parametrize("pw_residual", [False, True])
 def test_one_tensor_per_block_gives_the_same_bits(pw_residual: bool, eps: float | None) -> None:
-    a = mixer_arguments(batch=2, channels=17, height=4, width=5, depth=10, matrices=2) | {"pw_residual": pw_residual}
+    a = mixer_arguments(batch=2, channels=17, height=4, width=5, depth=9, matrices=2) | {"pw_residual": pw_residual}
     a = leaves(on_device(a))
     grad = torch.randn_like(a["x"])
     results = []
@@ -80,7 +80,7 @@ def test_one_tensor_per_block_gives_the_same_bits(pw_residual: bool, eps: float 
         y = y if isinstance(y, torch.Tensor) else y[0]
         results.append([y, *torch.autograd.grad(y, list(tensors_of(a).values()), grad)])
     assert all(torch.equal(first, second) for first, second in zip(*results, strict=True))
-    assert training.saved_elements(a["x"], 10, pw_residual, 1) == (10 + pw_residual) * a["x"].numel()
+    assert training.saved_elements(a["x"], 9, pw_residual, 1) == (9 + pw_residual) * a["x"].numel()
 
 
 @pytest.mark.parametrize("eps", [None, EPS])
