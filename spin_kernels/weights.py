@@ -231,13 +231,31 @@ class _Cluster:
         return more
 
     def slabs(self) -> dict[str, list[Slab]]:
-        """The layers' slabs: tiles of templates first, then rows of the layer's own."""
+        """The layers' slabs: tiles of templates first, then rows of the layer's own.
+
+        Those go to the smallest layers, unless nobody else uses a part of the templates.
+        """
+        names = sorted(self.shapes, key=lambda name: math.prod(self.shapes[name]))
+        orders = (names[first:] + names[:first] for first in range(len(names)))
+        every = (self._slabs(order) for order in orders)
+        return next((slabs for slabs in every if self._uses_all(slabs)), None) or self._slabs(names)
+
+    def _uses_all(self, slabs: dict[str, list[Slab]]) -> bool:
+        used = torch.zeros(self.block, dtype=torch.bool, device="cpu")
+        for slab in itertools.chain.from_iterable(slabs.values()):
+            if slab.coefficients is not None:
+                row, column = divmod(slab.start // self.taps, self.block[1])
+                used[row : row + slab.out, column : column + slab.in_channels] = True
+        return bool(used.all())
+
+    def _slabs(self, names: list[str]) -> dict[str, list[Slab]]:
         (o, i), templates = self.block, self.templates
         size = o * i * self.taps
         spare = (self.size - templates * size) // self.taps  # filters
         at = self.size - spare * self.taps
         result = {}
-        for name, (out, into, *_) in sorted(self.shapes.items(), key=lambda item: math.prod(item[1])):
+        for name in names:
+            out, into = self.shapes[name][:2]
             keep = min(spare, out * into)
             spare -= keep
             rows, rest = divmod(out * into - keep, into)  # the filters that templates make, row by row

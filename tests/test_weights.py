@@ -50,7 +50,9 @@ def test_exact_budget(budget: float | str, width: int, bins: int) -> None:
     y.square().sum().backward()
     assert y.isfinite().all()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
-    assert (net.bank.templates.grad != 0).float().mean() > 0.9
+    made = sum((weight * torch.randn_like(weight)).sum() for weight in net.bank.compose())
+    (gradient,) = torch.autograd.grad(made, net.bank.templates)  # not the loss': channels may be dead
+    assert (gradient != 0).all()
 
 
 @pytest.mark.parametrize("budget", [0.1, 0.25, 0.5, 1.0])

@@ -44,10 +44,6 @@ class Composition {
     bool whole = false;  // every element from `base` to `end` belongs to one cell
     int64_t extent() const { return (rows - 1) * pitch + run; }
     int64_t end() const { return base + (templates - 1) * stride + extent(); }
-    // Then the first tile is as much shorter as the others need to begin with a line of the bank's gradient, which goes
-    // past the caches: 0.75 of the time with 6 users and 5 templates. With 12 users and 2 the lines of theirs that are
-    // cut cost more, 1.1; and forward, where the users' are written.
-    bool few_users(const Cell& cell) const { return int64_t(cell.users.size()) <= 3 * templates; }
     bool overlaps_itself() const { return templates > 1 && stride < extent(); }
   };
 
@@ -76,9 +72,9 @@ class Composition {
     const Window* window;
     const Cell* cell;
     int64_t row, rows, column, columns;
-    int64_t products;  // where its own begin
+    int64_t products;  // where those begin that backward makes, of users and templates
     int64_t offset() const { return cell->base + row * window->pitch + column; }
-    int64_t sums() const { return int64_t(cell->users.size()) * window->templates; }
+    int64_t products_count() const { return int64_t(cell->users.size()) * window->templates; }
   };
 
   struct Part {

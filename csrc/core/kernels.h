@@ -186,7 +186,7 @@ struct ComposeTile {
   // Backward.
   float* bank_gradient;  // like `bank`
   bool first;            // it is written, else added to
-  float* sums;           // scratch, a vector for each
+  float* scratch;        // twice the tile's templates, their rows filled up to pairs of vectors
   double* products;      // <gradient, template>: [user][template]
 };
 

@@ -5,6 +5,8 @@
 //   d/dw = alpha s (1 - beta w (1 - s)),  d/dalpha = w s,  d/dbeta = -alpha w^2 s (1 - s)
 // (where exp(beta w) overflows, s and what it multiplies are 0).
 #pragma once
+#include <cstring>
+
 #include "activation.h"
 #include "weight_tile.h"
 
@@ -13,8 +15,9 @@ namespace spin {
 template <class V, DType kType, Modulation kModulation>
 struct Repeat : WeightTile<V, kType> {
   using Base = WeightTile<V, kType>;
-  using Base::kLanes, Base::kBytes, Base::kStreams, Base::load_part, Base::store_part, Base::smaller;
-  using typename Base::F, typename Base::Span;
+  using Base::kLanes, Base::kBytes, Base::load_part, Base::store_part, Base::smaller;
+  using typename Base::F;
+  static constexpr int64_t kStreams = 12;  // users read at a time, by what prefetchers follow
 
   // s, and 1 - s as exp(beta w) s: a difference would cancel where s is near 1. Where the exponential is infinite s is
   // 0, and so is everything that it is multiplied with.
@@ -54,10 +57,10 @@ struct Repeat : WeightTile<V, kType> {
     if (t.stream) V::fence();
   }
 
-  // A vector (or a part of one) of the base's gradient, in column j of row r, by `users`.
-  static SPIN_INLINE F gradient(const RepeatTile& t, Span users, int64_t r, int64_t j) {
+  // A vector (or a part of one) of the base's gradient, in column j of row r, by users from `first` to `last`.
+  static SPIN_INLINE F gradient(const RepeatTile& t, int64_t first, int64_t last, int64_t r, int64_t j) {
     F sum = V::zero();
-    for (int64_t u = users.first; u < users.last; ++u) {
+    for (int64_t u = first; u < last; ++u) {
       const RepeatUser& user = t.users[u];
       const int64_t count = smaller(kLanes, user.columns - j);
       if (r >= user.rows || count <= 0) continue;
@@ -88,14 +91,14 @@ struct Repeat : WeightTile<V, kType> {
 
   static void backward(const RepeatTile& t) {
     const int64_t count = kModulation == Modulation::kSwish ? 2 * t.users_count : 0;
-    Base::clear(t.sums, count);
+    std::memset(t.sums, 0, count * kLanes * sizeof(float));
     for (int64_t u = 0; u < t.users_count; u += kStreams) {
-      const Span users = Base::span(u, t.users_count);
+      const int64_t last = smaller(u + kStreams, t.users_count);
       for (int64_t r = 0; r < t.rows; ++r) {
         for (int64_t j = 0; j < t.columns; j += kLanes) {
           const int64_t part = smaller(kLanes, t.columns - j);
           char* to = reinterpret_cast<char*>(t.base_gradient + r * t.pitch + j);
-          F x = gradient(t, users, r, j);
+          F x = gradient(t, u, last, r, j);
           if (u > 0) x = V::add(x, load_part(to, part, DType::kFloat32));
           store_part(to, x, part, DType::kFloat32);
         }

@@ -1,4 +1,4 @@
-// What the kernels that make weights share: parts of vectors, users a few at a time, sums over lanes.
+// What the kernels that make weights share: parts of vectors, sums over lanes.
 #pragma once
 #include <type_traits>
 
@@ -10,14 +10,8 @@ template <class V, DType kType>
 struct WeightTile {
   using F = typename V::F;
   static constexpr int64_t kLanes = V::kLanes, kBytes = size_of(kType);
-  static constexpr int64_t kStreams = 12;  // users read at a time, by what prefetchers follow
-
-  struct Span {
-    int64_t first, last;
-  };
 
   static SPIN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-  static SPIN_INLINE Span span(int64_t first, int64_t users) { return {first, smaller(first + kStreams, users)}; }
 
   static SPIN_INLINE F load(const char* from) { return V::load_as(from, kType); }
   // The first `count` values, zeros after them.
@@ -39,9 +33,6 @@ struct WeightTile {
     return smaller(-reinterpret_cast<intptr_t>(to) / kBytes & (kLanes - 1), columns);
   }
 
-  static SPIN_INLINE void clear(float* sums, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) V::store(sums + i * kLanes, V::zero());
-  }
   // The totals of `count` vectors.
   static SPIN_INLINE void reduce(const float* sums, int64_t count, double* totals) {
     for (int64_t i = 0; i < count; ++i) {
