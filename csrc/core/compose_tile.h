@@ -6,8 +6,8 @@
 // Backward packs the tile's templates into scratch, next to sums for their gradients, and walks the users: a vector of
 // a user's gradient goes into 2 sums per template in L1, times the templates into 2 of products in registers. The sums
 // go to the bank's gradient at the end. So memory sees bursts, a template's or a user's part of the tile each, of which
-// the next is asked for during one. Read side by side instead, a vector of every user at a time, took 1.1 times as
-// long, and 1.6 with huge pages: strides of weights are often multiples of 64 KB, and lines of more than 8 streams then
+// the next is asked for during one. Read side by side instead, a vector of every user at a time, took 1.05 times as
+// long, and 1.5 with huge pages: strides of weights are often multiples of 64 KB, and lines of more than 8 streams then
 // fight for one set of L1 and of L2. Without asking ahead: 1.25.
 //
 // Forward one multiply-add per template and vector, backward two. Numerics: float32 sums in a tile, double across
