@@ -36,7 +36,7 @@ class SuperWeights:
     the network's weights. Its templates have the shape of its largest layer, or of as large a block of that as leaves
     two of them; layers are tiled by them, narrower ones take a corner, and every tile has coefficients of its own.
     What is left when no further template fits goes to the cluster's smallest layers, as rows of their own, which keep
-    the values that they have.
+    the values that they have; to larger ones where a part of the templates would serve nobody.
     The last linear layer, the classifier, stays as it is, and so do biases, norms and grouped convolutions.
 
     Args:
@@ -236,16 +236,20 @@ class _Cluster:
         Those go to the smallest layers, unless nobody else uses a part of the templates.
         """
         names = sorted(self.shapes, key=lambda name: math.prod(self.shapes[name]))
-        orders = (names[first:] + names[:first] for first in range(len(names)))
-        every = (self._slabs(order) for order in orders)
-        return next((slabs for slabs in every if self._uses_all(slabs)), None) or self._slabs(names)
+        for first in range(len(names)):
+            slabs = self._slabs(names[first:] + names[:first])
+            if self._uses_all(slabs):
+                return slabs
+        return self._slabs(names)
 
     def _uses_all(self, slabs: dict[str, list[Slab]]) -> bool:
+        made = [slab for slab in itertools.chain.from_iterable(slabs.values()) if slab.coefficients is not None]
+        if any((slab.out, slab.in_channels) == self.block for slab in made):
+            return True
         used = torch.zeros(self.block, dtype=torch.bool, device="cpu")
-        for slab in itertools.chain.from_iterable(slabs.values()):
-            if slab.coefficients is not None:
-                row, column = divmod(slab.start // self.taps, self.block[1])
-                used[row : row + slab.out, column : column + slab.in_channels] = True
+        for slab in made:
+            row, column = divmod(slab.start // self.taps, self.block[1])
+            used[row : row + slab.out, column : column + slab.in_channels] = True
         return bool(used.all())
 
     def _slabs(self, names: list[str]) -> dict[str, list[Slab]]:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ sys.path.insert(0, str(BENCH))
 
 from spinbench import catalog, compositions, networks, report, session, timing  # noqa: E402
 from spinbench.machine import Ceilings  # noqa: E402
-from spinbench.worker import Worker, WorkerFailed, errors_of  # noqa: E402
+from spinbench.worker import Worker, WorkerFailed, WorkerState, errors_of  # noqa: E402
 
 TINY = networks.Network("tiny", 4, 2, 3, 8, 4, classes=5, activation="relu", rate=2)
 TINY_BLOCKS = networks.Network("tiny_blocks", 16, 3, 3, 6, activation="gelu", pw_residual=True, rate=2)
@@ -221,6 +222,20 @@ def test_interruption_keeps_the_finished_rows(command, tmp_path):
     assert [row["provider"] for row in json.loads(path.read_text())["rows"]] == ["spin"]
 
 
+def test_a_terminated_run_is_an_interrupted_one():
+    code = f"""
+import os, runpy, signal, sys, typer
+sys.path.insert(0, {str(BENCH)!r})
+typer.run = lambda main: os.kill(os.getpid(), signal.SIGTERM)
+try:
+    runpy.run_path({str(BENCH / "run.py")!r}, run_name="__main__")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.stdout == "interrupted\n", ended.stderr
+
+
 def test_cases_of_a_gpu():
     import spin_kernels as spin
 
@@ -278,6 +293,71 @@ def test_peers_that_time_kernels_are_prepared_alone(monkeypatch):
     assert list(results) == ["spin", "eager", "autotune", "autotune channels_last"]
     assert not failures
     assert groups[:-1] == [["spin", "eager"], ["autotune"], ["autotune channels_last"]]
+
+
+class Clock:
+    """Time that only a call of its own moves on."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Timed:
+    """A worker whose calls take a fixed time, and whose bursts are counted."""
+
+    def __init__(self, name: str, seconds: float):
+        self.name, self.seconds, self.idle, self.bursts = name, seconds, True, 0
+
+    def resume(self): ...
+
+    def pause(self): ...
+
+    def call(self, command, most, least, seconds, timeout):
+        self.bursts += 1
+        return [self.seconds] * least
+
+
+@pytest.mark.parametrize(("seconds", "bursts"), [(0.9, 5), (1.1, 1), (4.0, 1)])
+def test_what_cannot_be_the_best_is_timed_once(seconds, bursts):
+    fast, slow = Timed("spin", 0.1), Timed("eager", seconds)
+    results = {worker.name: timing.Result({}) for worker in (fast, slow)}
+    assert not timing.run([fast, slow], results, timing.Method(most_rounds=5), lambda done: None)
+    assert (fast.bursts, slow.bursts) == (5, bursts)
+    assert results["eager"].ms == pytest.approx(1e3 * seconds)
+    assert (results["eager"].spread is None) == (bursts == 1)
+
+
+def test_slow_calls_within_ten_times_the_fastest_are_timed_like_others():
+    workers = [Timed("spin", 2.0), Timed("eager", 19.0)]
+    results = {worker.name: timing.Result({}) for worker in workers}
+    timing.run(workers, results, timing.Method(case_seconds=0.0), lambda done: None)
+    assert [worker.bursts for worker in workers] == [5, 5]
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.01, 15), (0.1, 5), (0.4, 3), (3.0, 3), (6.0, 2), (30.0, 1)])
+def test_calls_of_a_burst(monkeypatch, seconds, calls):
+    clock = Clock()
+    monkeypatch.setattr("spinbench.worker.time.perf_counter", clock)
+    state = WorkerState("spin", Path(), 1, "cpu")
+    state.run = lambda: clock.pass_by(seconds)
+    assert state.burst(15, 3, 0.5) == pytest.approx([seconds] * calls)
+
+
+def test_a_peer_that_would_take_too_long_is_left_out():
+    held = object.__new__(session.Session)
+    held.seconds_per_flop = {(name, "bfloat16"): 1e-9 for name in ("eager", "spin")}
+    small, large = (networks.Case(TINY, batch, "bfloat16") for batch in (1, int(2e10 / TINY.flops(1))))
+    assert held.absent("eager", small) is None
+    assert held.absent("eager", large) == "a call would take about 20 s by its pace in an earlier case"
+    assert held.absent("spin", large) is None
+    assert held.absent("compile", large) is None
+    assert "bfloat16" in held.absent("onnxruntime", small)
 
 
 def test_cuda_without_a_device(command):

@@ -131,7 +131,7 @@ def cells_of(row: dict, best: bool, per_block: bool, training: bool) -> list[str
     return [
         row["provider"] + ("*" if best else ""),
         f"{row['ms']:.3g}" if row["ms"] < 100 else f"{row['ms']:.0f}",
-        f"{row['spread']:.0%}",
+        "" if row["spread"] is None else f"{row['spread']:.0%}",
         *([f"{1e3 * row['ms'] / row['depth']:.0f}"] if per_block else []),
         f"{row['fraction']:.0%}" if row["fraction"] else "-",
         *(fractions_of_passes(row) if training else []),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from spinbench import catalog, timing
+from spinbench.compositions import MadeWeights
 from spinbench.machine import Ceilings
 from spinbench.networks import Case, Network
 from spinbench.worker import Worker, WorkerFailed
@@ -44,6 +45,7 @@ class Session:
         self.rows: list[dict] = []
         self.failures: list[dict] = []
         self.ceilings = Ceilings()
+        self.seconds_per_flop: dict[tuple[str, str], float] = {}  # of a provider in a dtype, in its last case
         self.folder = Path(tempfile.mkdtemp(prefix="spin-bench-"))
         self.made: Network | None = None
         self.started: list[Worker] = []
@@ -92,7 +94,7 @@ class Session:
 
     def run_case(self, case: Case, method: timing.Method, tell: Callable[[str, float], None]) -> None:
         tell("preparing", 0.1)
-        absent = {worker.name: catalog.unsupported(worker.name, case.dtype) for worker in self.workers}
+        absent = {worker.name: self.absent(worker.name, case) for worker in self.workers}
         part = [worker for worker in self.workers if catalog.takes_part(worker.name, case.network)]
         workers = [worker for worker in part if absent[worker.name] is None]
         results, failures = timing.prepare(workers, case, COMPILE_SECONDS if case.training else timing.PREPARE_SECONDS)
@@ -106,6 +108,9 @@ class Session:
         with timing.Others(self.started) as others:
             failures |= timing.run(workers, results, method, after_round)
         failures |= wrong(results, case.dtype, case.training)
+        if not isinstance(case.network, MadeWeights):  # whose cases are too different
+            for name, result in results.items():
+                self.seconds_per_flop[name, case.dtype] = result.ms / 1e3 / case.flops
         key = {"net": case.network.name, "batch": case.batch, "dtype": case.dtype}
         failures |= {name: reason for name, reason in absent.items() if reason}
         self.failures += [{**key, "provider": name, "reason": reason} for name, reason in failures.items()]
@@ -126,6 +131,13 @@ class Session:
             for worker in workers
             if worker.name in results
         ]
+
+    def absent(self, provider: str, case: Case) -> str | None:
+        """Why a provider is not asked for this case, or None."""
+        seconds = self.seconds_per_flop.get((provider, case.dtype), 0.0) * case.flops
+        if provider not in catalog.OURS and seconds > timing.CALL_SECONDS:
+            return f"a call would take about {seconds:.0f} s by its pace in an earlier case"
+        return catalog.unsupported(provider, case.dtype)
 
     def measure_ceilings(self) -> None:
         """Tries a few times for a quiet moment, keeps the highest of the run: a low ceiling would flatter a row."""

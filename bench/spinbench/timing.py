@@ -14,6 +14,7 @@ from spinbench.networks import Case
 from spinbench.worker import Worker, WorkerFailed
 
 PREPARE_SECONDS = 240
+CALL_SECONDS = 10  # a provider whose calls would take longer, by its pace in an earlier case, is left out
 DISTURBED = 0.05  # more of the processor than this used by other processes is worth a word
 BURST_SECONDS = 60  # no answer by then is a failure
 
@@ -26,6 +27,10 @@ class Method:
     least_rounds: int = 5
     most_rounds: int = 15
     case_seconds: float = 15.0  # beyond least_rounds, rounds go on only until then
+    # What cannot be the best is not waited for: calls that are longer than a second, and so many times longer than the
+    # fastest provider's, are timed in one burst. PyTorch's bfloat16 on a processor without such instructions is.
+    hopeless: float = 10.0
+    hopeless_seconds: float = 1.0
 
 
 @dataclass
@@ -40,8 +45,10 @@ class Result:
         return statistics.median(self.bursts)
 
     @property
-    def spread(self) -> float:
-        """Interquartile range of the bursts / median."""
+    def spread(self) -> float | None:
+        """Interquartile range of the bursts / median; None of a single burst."""
+        if len(self.bursts) < 2:
+            return None
         lower, _, upper = statistics.quantiles(self.bursts, n=4, method="inclusive")
         return (upper - lower) / self.ms
 
@@ -103,7 +110,7 @@ def run(
             try:
                 arguments = (method.most_calls, method.least_calls, method.burst_seconds)
                 seconds = worker.call("burst", *arguments, timeout=BURST_SECONDS)
-                results[worker.name].bursts.append(1e3 * statistics.median(seconds[1:]))
+                results[worker.name].bursts.append(1e3 * statistics.median(seconds[1:] or seconds))
             except WorkerFailed as failure:
                 failures[worker.name] = str(failure)
                 del results[worker.name]
@@ -111,6 +118,9 @@ def run(
                     worker.restart()
             worker.pause()
         ready = [worker for worker in ready if worker.name in results]
+        fastest = min((results[worker.name].ms for worker in ready), default=0.0)
+        longest = 1e3 * max(method.hopeless_seconds, method.hopeless * fastest / 1e3)
+        ready = [worker for worker in ready if results[worker.name].ms <= longest]
         rounds += 1
         tick(rounds / method.least_rounds)
     return failures

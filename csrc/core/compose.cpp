@@ -119,8 +119,8 @@ std::vector<Composition::Tile> Composition::tiles(bool backward) const {
     for (const Cell& cell : w.cells) {
       const int64_t columns = round_up(ceil_div(cell.run, ceil_div(cell.run, most)), 64),
                     rows = std::max<int64_t>(1, most / cell.run);
-      // Backward the others begin with lines of the bank's gradient, which goes past the caches: 0.8 to 0.95 of the
-      // time.
+      // Backward the others begin with lines of the bank's gradient, which goes past the caches: 0.8 to 0.95 of
+      // the time.
       const int64_t first = columns - (backward ? cell.base % 16 : 0);
       for (int64_t row = 0; row < cell.rows; row += rows) {
         for (int64_t column = 0, next = first; column < cell.run; column = next, next += columns) {

@@ -10,8 +10,8 @@
 // long, and 1.5 with huge pages: strides of weights are often multiples of 64 KB, and lines of more than 8 streams then
 // fight for one set of L1 and of L2. Without asking ahead: 1.25.
 //
-// Forward one multiply-add per template and vector, backward two. Numerics: float32 sums in a tile, double across
-// tiles.
+// Cost: one multiply-add per template and vector forward, two backward.
+// Numerics: float32 sums in a tile, double across tiles.
 #pragma once
 #include <cstring>
 

@@ -236,7 +236,7 @@ struct Kernels {
   // A register-only loop of multiply-adds; returns the floating-point operations it has done.
   double (*multiply_add_loop)(int64_t iterations);
   void (*activate)(Activation, const float* from, float* to, int64_t count);  // for tests of the activations
-  // Training; null in a table whose chain is not float32.
+  // Training and making weights; null in a table whose chain is not float32.
   void (*transform)(const TransformArgs&) = nullptr;
   void (*moments)(const MomentsArgs&) = nullptr;
   void (*gradient_sums)(const GradientSumsArgs&) = nullptr;
@@ -246,7 +246,6 @@ struct Kernels {
   void (*weight_gradient)(const WeightGradientArgs&) = nullptr;
   void (*transpose)(const TransposeArgs&) = nullptr;
   void (*narrow)(const float* from, DType type, int64_t count, char* to) = nullptr;
-  // Making weights; null where operands are not float32.
   void (*compose)(const ComposeTile&) = nullptr;
   void (*compose_gradient)(const ComposeTile&) = nullptr;
   void (*repeat)(const RepeatTile&) = nullptr;

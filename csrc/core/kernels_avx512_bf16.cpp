@@ -12,7 +12,12 @@ const Kernels* kernels_avx512_bf16() {
 }
 
 const Kernels* kernels_avx512_bf16_training() {
-  static constexpr Kernels kernels = make_kernels<Avx512, Avx512Bf16>("avx512_bf16");
+  static const Kernels kernels = [] {
+    Kernels made = *kernels_avx512();  // not instantiated again here: the linker may keep the copy of either file
+    made.name = "avx512_bf16";
+    set_products<Avx512, Avx512Bf16>(made);
+    return made;
+  }();
   return &kernels;
 }
 

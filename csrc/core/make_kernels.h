@@ -46,8 +46,21 @@ double multiply_add_loop(int64_t iterations) {
   return 2.0 * kSums * V::kLanes * V::kLineVectors * iterations;
 }
 
-// V: the chain; Operand: what is multiplied in products.
-template <class V, class Operand = V>
+// The products of a table. V: the chain; Operand: what is multiplied.
+template <class V, class Operand>
+constexpr void set_products(Kernels& kernels) {
+  kernels.operand = Operand::kChain;
+  kernels.product = Product<Operand, V>::run;
+  kernels.pack_tokens = Product<Operand, V>::pack_tokens;
+  kernels.pack_rows = Layout<Operand>::pack_rows;
+  if constexpr (V::kChain == DType::kFloat32) {
+    if constexpr (Operand::kChain != DType::kFloat32) kernels.pack_gradient = WeightGradient<Operand>::pack;
+    kernels.weight_gradient = WeightGradient<Operand>::run;
+    kernels.transpose = WeightGradient<Operand>::transpose;
+  }
+}
+
+template <class V>
 constexpr Kernels make_kernels(const char* name) {
   Kernels kernels{
       .name = name,
@@ -55,12 +68,8 @@ constexpr Kernels make_kernels(const char* name) {
       .line_channels = Layout<V>::kLineChannels,
       .line_bytes = Layout<V>::kLineBytes,
       .chain = V::kChain,
-      .operand = Operand::kChain,
-      .product = Product<Operand, V>::run,
       .depthwise = Depthwise<V>::run,
       .depthwise_scratch = Depthwise<V>::scratch,
-      .pack_tokens = Product<Operand, V>::pack_tokens,
-      .pack_rows = Layout<Operand>::pack_rows,
       .pack_taps = Layout<V>::pack_taps,
       .load = Layout<V>::load,
       .store = Layout<V>::store,
@@ -69,6 +78,7 @@ constexpr Kernels make_kernels(const char* name) {
       .multiply_add_loop = multiply_add_loop<V>,
       .activate = activate_all<V>,
   };
+  set_products<V, V>(kernels);
   if constexpr (V::kChain == DType::kFloat32) {
     kernels.transform = Elementwise<V>::transform;
     kernels.moments = Elementwise<V>::moments;
@@ -76,11 +86,6 @@ constexpr Kernels make_kernels(const char* name) {
     kernels.activation_gradient = Elementwise<V>::activation_gradient;
     kernels.narrow = Elementwise<V>::narrow;
     kernels.taps_gradient = TapsGradient<V>::run;
-    if constexpr (Operand::kChain != DType::kFloat32) kernels.pack_gradient = WeightGradient<Operand>::pack;
-    kernels.weight_gradient = WeightGradient<Operand>::run;
-    kernels.transpose = WeightGradient<Operand>::transpose;
-  }
-  if constexpr (V::kChain == DType::kFloat32 && Operand::kChain == DType::kFloat32) {  // once per chain: no products
     kernels.compose = compose<V>;
     kernels.compose_gradient = compose_gradient<V>;
     kernels.repeat = repeat<V>;

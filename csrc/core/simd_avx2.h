@@ -1,4 +1,4 @@
-// AVX2 + FMA + F16C: 8 float lanes, 16 registers. Register tile of the product: 6 tokens x 16 channels.
+// AVX2 + FMA + F16C: 8 float lanes, 16 registers. Register tile of the product: 4 channels x 24 tokens.
 #pragma once
 #include <immintrin.h>
 
@@ -9,8 +9,8 @@ namespace spin {
 struct Avx2 {
   using F = __m256;
   static constexpr int kLanes = 8;
-  static constexpr int kPanelVectors = 2;
-  static constexpr int kTileRows = 6;  // 12 accumulators + 2 inputs + 1 broadcast
+  static constexpr int kPanelVectors = 3;
+  static constexpr int kTileRows = 4;  // 12 accumulators + 3 inputs + 1 broadcast; 6 x 2 leaves 4 x 2 of 8 rows: 1.13
   static constexpr int kRowColumns = 8;
   static constexpr int kLineVectors = 1;
   static constexpr DType kChain = DType::kFloat32;
