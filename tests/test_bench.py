@@ -349,15 +349,23 @@ def test_calls_of_a_burst(monkeypatch, seconds, calls):
     assert state.burst(15, 3, 0.5) == pytest.approx([seconds] * calls)
 
 
-def test_a_peer_that_would_take_too_long_is_left_out():
+def test_a_hopeless_peer_is_not_asked_again_at_that_dtype(monkeypatch):
     held = object.__new__(session.Session)
-    held.seconds_per_flop = {(name, "bfloat16"): 1e-9 for name in ("eager", "spin")}
-    small, large = (networks.Case(TINY, batch, "bfloat16") for batch in (1, int(2e10 / TINY.flops(1))))
-    assert held.absent("eager", small) is None
-    assert held.absent("eager", large) == "a call would take about 20 s by its pace in an earlier case"
-    assert held.absent("spin", large) is None
-    assert held.absent("compile", large) is None
-    assert "bfloat16" in held.absent("onnxruntime", small)
+    held.rows, held.failures, held.hopeless, held.started, held.device = [], [], {}, [], "cpu"
+    held.ceilings = Ceilings()
+    held.workers = [Timed("spin", 0.1), Timed("eager", 3.0), Timed("compile", 0.2)]
+    asked = []
+
+    def prepare(workers, case, timeout):
+        asked.append([worker.name for worker in workers])
+        return {worker.name: timing.Result({"error": 1e-3}) for worker in workers}, {}
+
+    monkeypatch.setattr(timing, "prepare", prepare)
+    for batch, dtype in ((1, "bfloat16"), (8, "bfloat16"), (1, "float32")):
+        held.run_case(networks.Case(TINY, batch, dtype), timing.Method(), lambda text, done: None)
+    assert asked == [["spin", "eager", "compile"], ["spin", "compile"], ["spin", "eager", "compile"]]
+    reasons = [failure["reason"] for failure in held.failures if failure["provider"] == "eager"]
+    assert reasons == ["took 30 times as long as the fastest in the case tiny batch 1 bfloat16"]
 
 
 def test_cuda_without_a_device(command):

@@ -45,7 +45,7 @@ class Session:
         self.rows: list[dict] = []
         self.failures: list[dict] = []
         self.ceilings = Ceilings()
-        self.seconds_per_flop: dict[tuple[str, str], float] = {}  # of a provider in a dtype, in its last case
+        self.hopeless: dict[tuple[str, str], str] = {}  # provider and dtype -> why it is not asked again
         self.folder = Path(tempfile.mkdtemp(prefix="spin-bench-"))
         self.made: Network | None = None
         self.started: list[Worker] = []
@@ -94,7 +94,7 @@ class Session:
 
     def run_case(self, case: Case, method: timing.Method, tell: Callable[[str, float], None]) -> None:
         tell("preparing", 0.1)
-        absent = {worker.name: self.absent(worker.name, case) for worker in self.workers}
+        absent = {worker.name: self.absent(worker.name, case.dtype) for worker in self.workers}
         part = [worker for worker in self.workers if catalog.takes_part(worker.name, case.network)]
         workers = [worker for worker in part if absent[worker.name] is None]
         results, failures = timing.prepare(workers, case, COMPILE_SECONDS if case.training else timing.PREPARE_SECONDS)
@@ -108,9 +108,13 @@ class Session:
         with timing.Others(self.started) as others:
             failures |= timing.run(workers, results, method, after_round)
         failures |= wrong(results, case.dtype, case.training)
-        if not isinstance(case.network, MadeWeights):  # whose cases are too different
-            for name, result in results.items():
-                self.seconds_per_flop[name, case.dtype] = result.ms / 1e3 / case.flops
+        fastest = min((result.ms for result in results.values()), default=0.0)
+        for name, result in results.items():
+            if result.hopeless and name not in catalog.OURS and not isinstance(case.network, MadeWeights):
+                self.hopeless[name, case.dtype] = (
+                    f"took {result.ms / fastest:.0f} times as long as the fastest in the case {case.network.name} "
+                    f"batch {case.batch} {case.dtype}"
+                )
         key = {"net": case.network.name, "batch": case.batch, "dtype": case.dtype}
         failures |= {name: reason for name, reason in absent.items() if reason}
         self.failures += [{**key, "provider": name, "reason": reason} for name, reason in failures.items()]
@@ -132,12 +136,9 @@ class Session:
             if worker.name in results
         ]
 
-    def absent(self, provider: str, case: Case) -> str | None:
-        """Why a provider is not asked for this case, or None."""
-        seconds = self.seconds_per_flop.get((provider, case.dtype), 0.0) * case.flops
-        if provider not in catalog.OURS and seconds > timing.CALL_SECONDS:
-            return f"a call would take about {seconds:.0f} s by its pace in an earlier case"
-        return catalog.unsupported(provider, case.dtype)
+    def absent(self, provider: str, dtype: str) -> str | None:
+        """Why a provider is not asked at this dtype, or None."""
+        return self.hopeless.get((provider, dtype)) or catalog.unsupported(provider, dtype)
 
     def measure_ceilings(self) -> None:
         """Tries a few times for a quiet moment, keeps the highest of the run: a low ceiling would flatter a row."""

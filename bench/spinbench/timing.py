@@ -14,7 +14,6 @@ from spinbench.networks import Case
 from spinbench.worker import Worker, WorkerFailed
 
 PREPARE_SECONDS = 240
-CALL_SECONDS = 10  # a provider whose calls would take longer, by its pace in an earlier case, is left out
 DISTURBED = 0.05  # more of the processor than this used by other processes is worth a word
 BURST_SECONDS = 60  # no answer by then is a failure
 
@@ -28,7 +27,7 @@ class Method:
     most_rounds: int = 15
     case_seconds: float = 15.0  # beyond least_rounds, rounds go on only until then
     # What cannot be the best is not waited for: calls that are longer than a second, and so many times longer than the
-    # fastest provider's, are timed in one burst. PyTorch's bfloat16 on a processor without such instructions is.
+    # fastest provider's, are timed in one burst. PyTorch's bfloat16 is, on a processor without such instructions.
     hopeless: float = 10.0
     hopeless_seconds: float = 1.0
 
@@ -39,6 +38,7 @@ class Result:
 
     errors: dict[str, float | None]
     bursts: list[float] = field(default_factory=list)
+    hopeless: bool = False
 
     @property
     def ms(self) -> float:
@@ -119,8 +119,10 @@ def run(
             worker.pause()
         ready = [worker for worker in ready if worker.name in results]
         fastest = min((results[worker.name].ms for worker in ready), default=0.0)
-        longest = 1e3 * max(method.hopeless_seconds, method.hopeless * fastest / 1e3)
-        ready = [worker for worker in ready if results[worker.name].ms <= longest]
+        longest = max(1e3 * method.hopeless_seconds, method.hopeless * fastest)
+        for worker in ready:
+            results[worker.name].hopeless = results[worker.name].ms > longest
+        ready = [worker for worker in ready if not results[worker.name].hopeless]
         rounds += 1
         tick(rounds / method.least_rounds)
     return failures

@@ -13,7 +13,8 @@ struct CpuFeatures {
 };
 const CpuFeatures& cpu_features();
 
-// Of a block's y or its panels: what one core's L2 holds beside the rows of weights that stream through it.
+// Of a block's y or its panels: what one core's L2 holds beside the rows of weights that stream through it, or an L3
+// soon gives again.
 int64_t band_bytes();
 
 // Names that SPIN_CPU_ISA accepts here, slowest first.

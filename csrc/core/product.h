@@ -8,7 +8,8 @@
 // tile of 8 rows x 3 vectors of tokens keeps 24 sums in registers; each step multiplies 3 vectors of tokens
 // with 8 broadcast weights: 11 loads for 24 multiply-adds. The 8 rows (24 KB at 768 channels) stay in L1,
 // the panel (147 KB) streams from L2 once per tile, in order. The finished sums of 16 channels are
-// transposed, so that the epilogue has channels in its lanes, as the blocked layout has.
+// transposed, so that the epilogue has channels in its lanes, as the blocked layout has. (AVX2: 8 channels as two tiles
+// of 4 rows, panels of 24 tokens, 7 loads for 12 multiply-adds.)
 //
 // Cost: tokens * channels * vectors multiply-adds of one vector each; floor = that / FMA rate. Bytes from
 // L2 per multiply-add vector: 8 (panel). The rows after these are prefetched to L2, a few lines per step.
@@ -102,11 +103,13 @@ struct Product {
         if constexpr (kPairs) {
           if (half) x[v] = V::first_of_pair(x[v]);
         }
+        V::hold(x[v]);
       }
       panel += kVectors * kLineBytes;
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
-        const F w = V::broadcast(unit + r * a.row_stride);
+        F w = V::broadcast(unit + r * a.row_stride);
+        V::hold(w);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sum[r][v] = V::mac(sum[r][v], x[v], w);
       }
@@ -114,8 +117,13 @@ struct Product {
     const int64_t lines = a.input_channels / kLineChannels, rest = a.input_channels % kLineChannels;
     for (int64_t line = 0; line < lines; ++line, row += kLineBytes) {
       prefetch.step();
+      if constexpr (V::kTileSteps == 8) {
+#pragma GCC unroll 8
+        for (int64_t unit = 0; unit < kUnits; ++unit) step(row + unit * kUnitBytes, false);
+      } else {
 #pragma GCC unroll 4
-      for (int64_t unit = 0; unit < kUnits; ++unit) step(row + unit * kUnitBytes, false);
+        for (int64_t unit = 0; unit < kUnits; ++unit) step(row + unit * kUnitBytes, false);
+      }
     }
     // Of a line that is not full, padding channels are left out: they may hold NaN.
     for (int64_t channel = 0; channel < rest; channel += V::kLineVectors, row += kUnitBytes) {

@@ -11,6 +11,7 @@ struct Avx512 {
   static constexpr int kLanes = 16;
   static constexpr int kPanelVectors = 3;
   static constexpr int kTileRows = 8;     // 24 accumulators + 3 inputs + broadcasts
+  static constexpr int kTileSteps = 4;    // unrolled
   static constexpr int kRowColumns = 16;  // outputs of a depthwise row held in registers
   static constexpr int kLineVectors = 1;
   static constexpr DType kChain = DType::kFloat32;
@@ -23,6 +24,7 @@ struct Avx512 {
   static SPIN_INLINE void stream(void* p, F x) { _mm512_stream_ps(static_cast<float*>(p), x); }
   static SPIN_INLINE void fence() { _mm_sfence(); }
   static SPIN_INLINE F broadcast(const void* unit) { return _mm512_set1_ps(*static_cast<const float*>(unit)); }
+  static SPIN_INLINE void hold(F&) {}
   static SPIN_INLINE F mac(F sum, F weights, F unit) { return _mm512_fmadd_ps(weights, unit, sum); }
   static SPIN_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static SPIN_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }

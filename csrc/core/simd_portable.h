@@ -10,6 +10,7 @@ struct Portable {
   static constexpr int kLanes = 4;
   static constexpr int kPanelVectors = 2;
   static constexpr int kTileRows = 4;
+  static constexpr int kTileSteps = 4;
   static constexpr int kRowColumns = 8;
   static constexpr int kLineVectors = 1;
   static constexpr DType kChain = DType::kFloat32;
@@ -25,6 +26,7 @@ struct Portable {
   static SPIN_INLINE void stream(void* p, F x) { store(p, x); }
   static SPIN_INLINE void fence() {}
   static SPIN_INLINE F broadcast(const void* unit) { return set(*static_cast<const float*>(unit)); }
+  static SPIN_INLINE void hold(F&) {}
   static SPIN_INLINE F mac(F sum, F weights, F unit) { return sum + weights * unit; }
   static SPIN_INLINE F fma(F a, F b, F c) { return a * b + c; }
   static SPIN_INLINE F add(F a, F b) { return a + b; }
