@@ -13,7 +13,8 @@ const Kernels* kernels_avx512_bf16() {
 
 const Kernels* kernels_avx512_bf16_training() {
   static const Kernels kernels = [] {
-    Kernels made = *kernels_avx512();  // not instantiated again here: the linker may keep the copy of either file
+    // Not instantiated again here: the linker would keep one copy, and this file's may have bf16 instructions.
+    Kernels made = *kernels_avx512();
     made.name = "avx512_bf16";
     set_products<Avx512, Avx512Bf16>(made);
     return made;

@@ -117,7 +117,7 @@ struct Product {
     const int64_t lines = a.input_channels / kLineChannels, rest = a.input_channels % kLineChannels;
     for (int64_t line = 0; line < lines; ++line, row += kLineBytes) {
       prefetch.step();
-      if constexpr (V::kTileSteps == 8) {
+      if constexpr (V::kTileSteps == 8) {  // the pragma takes no constant of a template
 #pragma GCC unroll 8
         for (int64_t unit = 0; unit < kUnits; ++unit) step(row + unit * kUnitBytes, false);
       } else {
