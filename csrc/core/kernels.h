@@ -220,13 +220,13 @@ struct Kernels {
   int64_t lanes;          // channels in a vector
   int64_t line_channels;  // channels in a line
   int64_t line_bytes;
-  DType chain;    // element type of the activations between blocks
-  DType operand;  // of matrices and panels
-  void (*product)(const ProductArgs&);
+  DType chain;         // element type of the activations between blocks
+  DType operand = {};  // of matrices and panels
+  void (*product)(const ProductArgs&) = nullptr;
   void (*depthwise)(const DepthwiseArgs&);
   int64_t (*depthwise_scratch)(int64_t height, int64_t width, int64_t kernel_size);
-  void (*pack_tokens)(const PackTokensArgs&);
-  void (*pack_rows)(const PackRowsArgs&);
+  void (*pack_tokens)(const PackTokensArgs&) = nullptr;
+  void (*pack_rows)(const PackRowsArgs&) = nullptr;
   // (channels, area) filters -> DepthwiseArgs::taps, for all lines
   void (*pack_taps)(const char* source, DType type, int64_t channels, int64_t area, float* taps);
   void (*load)(const External& from, int64_t line, char* blocked_line);
