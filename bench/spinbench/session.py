@@ -108,6 +108,7 @@ class Session:
         with timing.Others(self.started) as others:
             failures |= timing.run(workers, results, method, after_round)
         failures |= wrong(results, case.dtype, case.training)
+        # Ways of making weights are few, and differ from case to case: those are asked again.
         fastest = min((result.ms for result in results.values()), default=0.0)
         for name, result in results.items():
             if result.hopeless and name not in catalog.OURS and not isinstance(case.network, MadeWeights):

@@ -110,7 +110,7 @@ def run(
             try:
                 arguments = (method.most_calls, method.least_calls, method.burst_seconds)
                 seconds = worker.call("burst", *arguments, timeout=BURST_SECONDS)
-                results[worker.name].bursts.append(1e3 * statistics.median(seconds[1:] or seconds))
+                results[worker.name].bursts.append(1e3 * statistics.median(seconds[1:]))
             except WorkerFailed as failure:
                 failures[worker.name] = str(failure)
                 del results[worker.name]

@@ -20,7 +20,6 @@ from spinbench.networks import Case, Network
 START_SECONDS = 60
 CHECKED_IMAGES = 16  # of a batch against float64; also what BatchNorm's statistics are taken from
 FLUSH_BYTES = 256 << 20  # more than any L2
-PATIENCE = 20  # times as long as it should take, a burst waits for its least calls
 
 
 class WorkerFailed(Exception):
@@ -228,16 +227,10 @@ class WorkerState:
         return errors | memory
 
     def burst(self, most_calls: int, least_calls: int, seconds: float) -> list[float]:
-        """Seconds of each call: at most `most_calls`, about `seconds` in all, at least `least_calls` unless those take
-        many times as long."""
+        """Seconds of each call: at most `most_calls`, about `seconds` in all, at least `least_calls`."""
         times: list[float] = []
-        begin = time.perf_counter()
-
-        def goes_on() -> bool:
-            elapsed = time.perf_counter() - begin
-            return elapsed < (PATIENCE if len(times) < least_calls else 1) * seconds
-
-        while not times or (len(times) < most_calls and goes_on()):
+        end = time.perf_counter() + seconds
+        while len(times) < least_calls or (len(times) < most_calls and time.perf_counter() < end):
             self.flush()
             start = time.perf_counter()
             self.run()
