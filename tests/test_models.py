@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -220,6 +221,41 @@ def test_low_precision(dtype):
         model.eval()
         exact = copy.deepcopy(model).double()(x.double())
         assert relative_error(model(x), exact) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_patches_without_short_convolutions(monkeypatch, dtype):
+    embed, x, ran = make().patch_embed.to(dtype).eval(), image(dtype), []
+    embed.conv.register_forward_hook(lambda *_: ran.append(1))
+    exact = copy.deepcopy(embed).double()(x.double())
+    errors, gradients = [], []
+    for native in (True, False):
+        monkeypatch.setattr(sys.modules[models.ConvMixer.__module__], "_SHORT_CONVOLUTIONS", native)
+        out = embed(x)
+        out.float().square().sum().backward()
+        assert out.dtype == dtype
+        errors.append(relative_error(out, exact))
+        gradients.append(embed.conv.weight.grad)
+        embed.conv.weight.grad = None
+    assert len(ran) == 3  # with the exact one
+    assert errors[1] <= 1.5 * errors[0]
+    assert gradients[1].dtype == dtype
+    assert relative_error(gradients[1], gradients[0]) < TOLERANCE[dtype]
+    nn.utils.parametrizations.weight_norm(embed.conv)  # no plain layer any more: called as it is
+    assert relative_error(embed(x), exact) < TOLERANCE[dtype]
+
+
+def test_patches_without_short_convolutions_under_autocast(monkeypatch):
+    embed, x = make().patch_embed.eval(), image()
+    exact = copy.deepcopy(embed).double()(x.double())
+    monkeypatch.setattr(sys.modules[models.ConvMixer.__module__], "_SHORT_CONVOLUTIONS", False)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = embed(x)
+        assert torch.is_autocast_enabled("cpu")
+    assert embed.conv(x).dtype == torch.float32
+    out.float().square().sum().backward()
+    assert relative_error(out, exact) < TOLERANCE[torch.bfloat16]
+    assert embed.conv.weight.grad.dtype == torch.float32
 
 
 def test_autocast():

@@ -14,6 +14,9 @@ from ..nn.mixer import SharedMixer
 from ..reference import ACTIVATIONS
 from ..sharing import Sharing
 
+# oneDNN multiplies short types where there is AVX-512; elsewhere torch's takes up to 80 times float32's time.
+_SHORT_CONVOLUTIONS = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
 
 class PatchEmbed(nn.Module):
     """Cuts an image (B, in_channels, H, W) into patches: convolution, activation, BatchNorm."""
@@ -33,7 +36,17 @@ class PatchEmbed(nn.Module):
         self.bn = BatchNorm2d(dim)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.bn(ACTIVATIONS[self.activation](self.conv(image)))
+        return self.bn(ACTIVATIONS[self.activation](self._convolution(image)))
+
+    def _convolution(self, image: Tensor) -> Tensor:
+        # The layer itself is called, with wider parameters: hooks on it run, and other kinds of layers may replace it.
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else image.dtype
+        by_float32 = image.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and not _SHORT_CONVOLUTIONS
+        if not by_float32 or type(self.conv) is not nn.Conv2d:
+            return self.conv(image)
+        with torch.autocast("cpu", enabled=False):
+            parameters = {name: parameter.float() for name, parameter in self.conv.named_parameters()}
+            return torch.func.functional_call(self.conv, parameters, image.float()).to(dtype)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
