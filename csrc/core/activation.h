@@ -8,8 +8,10 @@
 //     slower).
 //     In training degree 4, |error| of h <= 3.3e-8, its rounding: BatchNorm magnifies an error where all values are
 //     small.
-//   elsewhere: 1 - erf(z) = (a1 t + ... + a5 t^5) exp(-z^2), t = 1 / (1 + p z), Abramowitz & Stegun
-//     7.1.26, |error| <= 1.5e-7.
+//   elsewhere: h = 1/2 - 1/2 / p(t)^16, p of degree 7, by weighted least squares for the smallest |error| of t h: 5e-8,
+//     in float32 gelu's is 3.5e-7: 12 operations and a division (256/8 on AVX2: 5 to 10 % faster than by the next).
+//     In training 1 - erf(z) = (a1 q + ... + a5 q^5) exp(-z^2), q = 1 / (1 + p z), Abramowitz & Stegun 7.1.26, |error|
+//     <= 1.5e-7: twice as many operations, but the slope comes along, and small t are three times as accurate.
 // The derivative of gelu is Phi(x) + x phi(x), phi the slope of h: of the same pieces of degree 4 (|error| <= 6e-7 in
 // the sum, for 4 operations instead of the 18 of an exponential), elsewhere exp(-x^2/2) / sqrt(2 pi). exp(x) = 2^n e^r,
 // n = round(x / ln 2), e^r to degree 6 on |r| <= ln 2 / 2 (1e-8 relative before rounding; interpolated in the Chebyshev
@@ -182,7 +184,7 @@ SPIN_INLINE typename V::F half_erf(typename V::F t, typename V::F* slope = nullp
     }
     if (slope) *slope = V::mul(dp, V::set(kPiecesPerUnit));
     return p;
-  } else {
+  } else if constexpr (kFine) {
     const F z = V::mul(t, V::set(0.70710678f));
     const F q = V::div(V::set(1.f), V::fma(V::set(0.3275911f), z, V::set(1.f)));
     F p = V::set(1.061405429f);
@@ -193,6 +195,18 @@ SPIN_INLINE typename V::F half_erf(typename V::F t, typename V::F* slope = nullp
     const F e = exp_vector<V>(V::mul(V::mul(z, V::set(-1.f)), z));
     if (slope) *slope = V::mul(e, V::set(0.398942280f));
     return V::mul(V::set(0.5f), V::sub(V::set(1.f), V::mul(V::mul(p, q), e)));
+  } else {
+    F p = V::set(8.16897909e-07f);
+    p = V::fma(p, t, V::set(-2.07358221e-06f));
+    p = V::fma(p, t, V::set(7.47864469e-05f));
+    p = V::fma(p, t, V::set(-5.15019246e-06f));
+    p = V::fma(p, t, V::set(0.0033133023f));
+    p = V::fma(p, t, V::set(0.0211275145f));
+    p = V::fma(p, t, V::set(0.0498690978f));
+    p = V::fma(p, t, V::set(1.f));
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) p = V::mul(p, p);
+    return V::sub(V::set(0.5f), V::div(V::set(0.5f), p));
   }
 }
 
