@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def analyze(
 ) -> None:
     """How alike the blocks of two networks are (linear CKA), say of a shared and an unshared one, as a heat map."""
     _check_plot(plot)
-    pair = []
+    pair: list[Any] = []  # of equal blocks, which the name of each tells
     for name, path, hint in ((model, weights, "--weights"), (other, other_weights, "--other-weights")):
         argument = "MODEL" if hint == "--weights" else "OTHER"
         network = _create(name, argument).eval()
@@ -79,7 +79,7 @@ def analyze(
     sides = {models.image_size(name) for name in (model, other)}
     if len(sides) > 1:
         raise typer.BadParameter(f"expected networks for images of one size, got sides {sorted(sides)}")
-    similarity = block_similarity(*pair, _photographs(images, count, sides.pop()))
+    similarity = block_similarity(pair[0], pair[1], _photographs(images, count, sides.pop()))
     print(f"linear CKA of the blocks of {model} (rows, from the first block) and {other} (columns):")
     for row in similarity.tolist():
         print(" ".join(f"{value:.2f}" for value in row))
@@ -180,7 +180,7 @@ def _photographs(folder: Path, count: int, side: int) -> Tensor:
     """The middles of the first `count` pictures in a folder, (N, 3, side, side), normalised as for ImageNet."""
     if not folder.is_dir():
         raise typer.BadParameter(f"expected a folder, got {str(folder)!r}", param_hint="--images")
-    found = []
+    found: list[Tensor] = []
     for path in track(sorted(folder.iterdir()), "images", transient=True, disable=not sys.stderr.isatty()):
         if len(found) == count:
             break
@@ -200,9 +200,10 @@ def _photographs(folder: Path, count: int, side: int) -> Tensor:
 
 def _show(name: str, summary: Summary) -> None:
     table = Table(title=f"{name}, image {summary.image_size[0]} x {summary.image_size[1]}", box=None)
-    for column, justify in (("layer", "left"), ("shape", "left"), ("weight", "left"), ("parameters", "right")):
-        table.add_column(column, justify=justify)
-    table.add_column("MFLOPs", justify="right")
+    for column in ("layer", "shape", "weight"):
+        table.add_column(column)
+    for column in ("parameters", "MFLOPs"):
+        table.add_column(column, justify="right")
     for layer in summary.layers:
         shape = " x ".join(map(str, layer.shape))
         table.add_row(layer.name, shape, layer.weight, f"{layer.parameters:,}", f"{layer.flops / 1e6:,.1f}")

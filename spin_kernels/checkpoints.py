@@ -96,7 +96,7 @@ def _scan(path: Path) -> tuple[str, int]:
     try:
         while stream.tell() < len(data):
             for opcode, argument, _ in pickletools.genops(stream):
-                if opcode.name == "PROTO":
+                if opcode.name == "PROTO" and isinstance(argument, int):
                     protocol = max(protocol, argument)
                 elif isinstance(argument, str) and "GLOBAL" not in opcode.name:
                     strings = [*strings[-1:], argument]

@@ -81,7 +81,8 @@ def from_timm(model: nn.Module | Mapping[str, Tensor], *, activation: str | None
         pool = getattr(parts.get(name), "pool_type", "avg")
         if pool != "avg":
             raise ValueError(f"from_timm: expected average pooling before the head, got {pool!r}")
-    conv, norm = stem[0], _batch_norms([(names["bn"], stem[2])], reader.source)
+    conv: Any = stem[0]
+    norm = _batch_norms([(names["bn"], stem[2])], reader.source)
     _check_convolution(names["conv"], conv, {"dilation": (1, 1), "padding_mode": "zeros", "groups": 1}, reader.source)
     for name in ("stride", "padding"):
         value = getattr(conv, name)
@@ -108,7 +109,7 @@ def _block_settings(parts: dict[str, nn.Module], names: dict[str, str], depth: i
     halves = [(half, d) for d in range(depth) for half in ("dw", "pw")]
     for half, d in halves:
         name = layer_name(names, half, d) if half == "dw" else layer_name(names, "pw_weight", d).removesuffix(".weight")
-        conv = parts.get(name)
+        conv: Any = parts.get(name)
         expected: dict[str, Any] = {"stride": (1, 1), "dilation": (1, 1), "padding_mode": "zeros"}
         _check_convolution(name, conv, expected, source)
         if half == "dw" and conv.padding not in ("same", tuple(side // 2 for side in conv.kernel_size)):
@@ -198,10 +199,10 @@ def to_timm(model: ConvMixer) -> nn.Module:
         drop_rate=model.head.dropout.p,
         act_layer=_ACTIVATION_LAYERS[mixer.activation],
     )
-    norms = {"stem.2": model.patch_embed.bn}
+    norms: dict[str, Any] = {"stem.2": model.patch_embed.bn}
     norms |= {f"blocks.{d}.{name}": mixer for d in range(mixer.depth) for name in ("0.fn.2", "3")}
     for name, source in norms.items():
-        norm = result.get_submodule(name)
+        norm: Any = result.get_submodule(name)
         norm.eps, norm.momentum = source.eps, source.momentum
     result.to(conv.weight.device, conv.weight.dtype).load_state_dict(_timm_state(model))
     return result.train(model.training)
@@ -220,7 +221,7 @@ def _timm_state(model: ConvMixer) -> dict[str, Tensor]:
     pw_bias = zeros if biases is None else biases[index]
     dw_bias = zeros if mixer.dw_bias is None else mixer.dw_bias[filter_index]
 
-    state = {}
+    state: dict[str, Tensor] = {}
     for ours, theirs in (("patch_embed.conv", "conv"), ("patch_embed.bn", "bn"), ("head.fc", "head")):
         layer = model.get_submodule(ours).state_dict()
         state |= {f"{TIMM[theirs]}.{name}": tensor for name, tensor in layer.items()}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from .models import ConvMixer
 from .nn import FusedMixer, SharedMixer
@@ -84,7 +85,7 @@ def _settings(mixer: SharedMixer) -> dict:
     }
 
 
-def _replaced(model: Model, old: SharedMixer, new: SharedMixer, changed: dict) -> Model:
+def _replaced(model: Model, old: SharedMixer, new: Any, changed: dict[str, Tensor | None]) -> Model:
     """A copy of the model with mixer `new`, whose state is that of `old` but for what changed."""
     state = {name: tensor for name, tensor in old.state_dict().items() if name in new.state_dict()}
     new.load_state_dict(state | {name: t for name, t in changed.items() if t is not None}, strict=False)

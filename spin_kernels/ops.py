@@ -150,11 +150,10 @@ def _run_mixer_backward(
             _, dw_stats, pw_stats, saved = _mixer_train_cpu(*args, _SAVED)
         return _mixer_backward_cpu(grad, dw_stats, pw_stats, saved, *args)
     tensors, settings = args[:_TENSORS], args[_TENSORS:]
-    grads = _gradients(lambda *leaves: _reference_mixer(*leaves, *settings)[0], tensors, grad)
-    x = tensors[0]
+    grad_x, *others = _gradients(lambda *leaves: _reference_mixer(*leaves, *settings)[0], tensors, grad)
     # D = 0 hands the gradient itself on; a result never aliases an argument.
-    into = grads[0].clone if len(settings[0]) == 0 else grads[0].contiguous
-    return into(memory_format=reference.output_format(x)), *grads[1:]
+    into = grad_x.clone if len(settings[0]) == 0 else grad_x.contiguous
+    return into(memory_format=reference.output_format(tensors[0])), *others
 
 
 def _fake_mixer_backward(

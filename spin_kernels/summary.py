@@ -84,7 +84,7 @@ def summarise(model: Model, image_size: tuple[int, int] = (224, 224)) -> Summary
         raise TypeError(f"model: expected a network of spin_kernels.models, got {type(model).__name__}")
     if isinstance(model, ConvNet):
         return _summarise_convnet(model, image_size)
-    conv = model.patch_embed.conv if isinstance(model, ConvMixer) else model.patch_embed
+    conv: Any = model.patch_embed.conv if isinstance(model, ConvMixer) else model.patch_embed
     grid = [
         (side + 2 * padding - kernel) // stride + 1
         for side, kernel, stride, padding in zip(image_size, conv.kernel_size, conv.stride, conv.padding, strict=True)
@@ -96,16 +96,16 @@ def summarise(model: Model, image_size: tuple[int, int] = (224, 224)) -> Summary
     patches = grid[0] * grid[1]
     if isinstance(model, ConvMixer):
         layers, unshared = _convmixer_blocks(model.mixer, patches), _without_sharing(model)
-        stem, head, plans = model.patch_embed, model.head.fc, {"W": tuple(model.mixer.pw_index)}
+        head, plans = model.head.fc, {"W": tuple(model.mixer.pw_index)}
         if model.mixer.dw_sharing.num_shared < model.mixer.depth:
             plans["F"] = tuple(model.mixer.dw_index)
     else:
         tokens = patches + isinstance(model, VisionTransformer)  # the class token
         layers = _isotropic_blocks(model, tokens)
         unshared = _count(model) + sum(_count(model.shared[s]) for s in model.index) - _count(model.shared)
-        stem, head, plans = model.patch_embed, model.head, {"W": tuple(model.index)}
+        head, plans = model.head, {"W": tuple(model.index)}
     ends = (
-        Layer("stem", tuple(conv.weight.shape), _count(stem), 2 * conv.weight.numel() * patches),
+        Layer("stem", tuple(conv.weight.shape), _count(model.patch_embed), 2 * conv.weight.numel() * patches),
         Layer("head", tuple(head.weight.shape), _count(head), 2 * head.weight.numel()),
     )
     return Summary(
@@ -150,7 +150,7 @@ def _isotropic_blocks(model: Isotropic, tokens: int) -> list[Layer]:
     layers, seen = [], set()
     for d, s in enumerate(model.index):
         if isinstance(model, ConvNeXt):
-            conv = model.depthwise[d]
+            conv: Any = model.depthwise[d]
             shape, flops = tuple(conv.weight.shape), 2 * conv.weight.numel() * tokens
             layers.append(Layer(f"block {d} depthwise", shape, _count(conv), flops))
         for name, layer in model.shared[s].named_modules():
@@ -168,7 +168,8 @@ def _summarise_convnet(model: ConvNet, image_size: tuple[int, int]) -> Summary:
     """Its convolutions and linear layers in the order in which an image meets them."""
     layers: list[Layer] = []
     grids: list[tuple[int, ...]] = []
-    own, seen = set(), set()
+    own: set[Tensor] = set()
+    seen: set[Tensor] = set()
 
     def record(name: str, layer: Any, _: Any, output: Tensor) -> None:
         if isinstance(layer, _LINEAR):
@@ -186,10 +187,11 @@ def _summarise_convnet(model: ConvNet, image_size: tuple[int, int]) -> Summary:
     for name, module in twin.named_modules():
         if isinstance(module, (*_CONVOLUTIONS, *_LINEAR)):
             module.register_forward_hook(partial(record, name))
-            biases += module.bias.numel() if getattr(module, "bias", None) is not None else 0
+            bias = getattr(module, "bias", None)
+            biases += 0 if bias is None else bias.numel()
         if isinstance(module, (*_CONVOLUTIONS, *_LINEAR, SuperWeightBank)):
             own.update(module.parameters())
-    first = next(module for module in twin.modules() if isinstance(module, _CONVOLUTIONS))
+    first: Any = next(module for module in twin.modules() if isinstance(module, _CONVOLUTIONS))
     try:
         with torch.no_grad():
             twin(torch.empty(2, first.in_channels, *image_size, dtype=first.weight.dtype, device="meta"))

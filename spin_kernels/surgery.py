@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 from torch import nn
 
@@ -57,13 +58,14 @@ def from_bank(
 ) -> SuperConv2d | SuperLinear:
     """A layer like this one, with its very bias, and a weight from a bank."""
     has_bias = layer.bias is not None
-    options = {"bank": bank, "slabs": slabs, "base": base}
+    options: dict[str, Any] = {"bank": bank, "slabs": slabs, "base": base}
+    new: SuperConv2d | SuperLinear
     if isinstance(layer, nn.Linear | SuperLinear):
         new = SuperLinear(layer.in_features, layer.out_features, has_bias, **options)
     else:
-        geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
-        new = SuperConv2d(layer.in_channels, layer.out_channels, *geometry, has_bias, **options)
-    new.bias = layer.bias
+        geometry: Any = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups, has_bias
+        new = SuperConv2d(layer.in_channels, layer.out_channels, *geometry, **options)
+    new.bias = cast("nn.Parameter | None", layer.bias)
     return new.train(layer.training)
 
 

@@ -151,10 +151,11 @@ class Repeated:
 
     def _repeated(self, layer: nn.Conv2d) -> RepeatConv2d:
         out, into = layer.out_channels, layer.in_channels
+        base = -(-out // self.tiles[0]), -(-into // self.tiles[1])
+        sides: Any = layer  # torch's types say less than its layers: these are pairs
         return RepeatConv2d(
-            into, out, layer.kernel_size, (-(-out // self.tiles[0]), -(-into // self.tiles[1])), layer.stride,
-            layer.padding, layer.bias is not None, modulation=self.modulation, device=layer.weight.device,
-            dtype=layer.weight.dtype, **self.options,
+            into, out, sides.kernel_size, base, sides.stride, sides.padding, layer.bias is not None,
+            modulation=self.modulation, device=layer.weight.device, dtype=layer.weight.dtype, **self.options,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from triton import next_power_of_2
@@ -29,7 +29,7 @@ class Device:
     def of(device: torch.device) -> Device:
         if device.type != "cuda":
             return DEVICES["sm_90"]  # the interpreter takes what an H100 would
-        p = torch.cuda.get_device_properties(device)
+        p: Any = torch.cuda.get_device_properties(device)  # torch names no types for some of these
         return Device(p.shared_memory_per_block_optin, p.L2_cache_size, p.multi_processor_count)
 
 

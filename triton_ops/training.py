@@ -132,6 +132,7 @@ class Blocks:
         scale, shift = affine.unbind(1)
         if stats is None:
             return torch.stack((torch.zeros_like(scale), scale, shift, torch.ones_like(scale)), 1)
+        assert self.eps is not None  # there are statistics of a batch
         inverse = (stats[:, 1] + self.eps).rsqrt()
         return torch.stack((stats[:, 0], scale * inverse, shift, inverse), 1)
 
@@ -153,7 +154,7 @@ class Blocks:
         """a from x, and what is measured behind it."""
         f = self.dw_index[d]
         bias, grid = None if self.w.dw_bias is None else self.w.dw_bias[f], self.spatial_grid()
-        parts = None if measured is None else self.new(grid[0], 2, self.channels, dtype=torch.float64)
+        parts: Any = None if measured is None else self.new(grid[0], 2, self.channels, dtype=torch.float64)
         depthwise_forward_kernel[grid](
             x, self.w.taps[f], bias, a, parts, self.height, self.width,
             HAS_BIAS=bias is not None, BATCH=measured is not None, ACTIVATION=self.activation, **self.spatial_options(),
@@ -166,7 +167,7 @@ class Blocks:
         s = self.pw_index[d]
         bias = None if self.w.pw_bias is None else self.w.pw_bias[s]
         gain = None if self.w.gain is None else self.w.gain[d]
-        parts = None
+        parts: Any = None
         if measured is not None:
             parts = self.new(triton.cdiv(self.tokens, self.tiles.block_m), 2, self.channels, dtype=torch.float64)
         product_forward_kernel[self.product_grid()](
@@ -258,13 +259,15 @@ def forward(*args: Any, eps: float | None, save: int) -> tuple[Tensor, Tensor, T
             stats = empty if eps is None else empty.new_empty(depth, 2, x.shape[1])
             return nothing(x), stats, stats.clone(), x.new_empty(0)
         tokens = as_tokens(x)
-        b = Blocks(*tokens.shape[:3], pack(*parameters), tokens, dw_index, pw_index, activation, pw_residual, eps)
+        images, height, width, _ = tokens.shape
+        b = Blocks(images, height, width, pack(*parameters), tokens, dw_index, pw_index, activation, pw_residual, eps)
         affines, batch = (b.w.dw_affine, b.w.pw_affine), eps is not None
         stats = [b.new(depth, 2, b.channels) if batch else b.new(0) for _ in affines]
         norms = [b.new(depth, 4, b.channels) if batch else b.normalisations(affine, None) for affine in affines]
         kept = b.new(saved_elements(x, depth, pw_residual, save), dtype=x.dtype)
         planes = kept.view(-1, b.tokens, b.channels)
-        a, c = (None if save == 2 else b.new_plane()), (None if save else b.new_plane())
+        a: Any = None if save == 2 else b.new_plane()
+        c: Any = None if save else b.new_plane()
         z = tokens.view(b.tokens, b.channels)
         for d in range(depth):
             dw, pw = (Measured(s[d], n[d]) if batch else None for s, n in zip(stats, norms, strict=True))
@@ -291,7 +294,8 @@ def backward(
         if depth == 0 or x.numel() == 0:
             return nothing(grad), *(None if t is None else torch.zeros_like(t) for t in parameters)
         tokens = as_tokens(x)
-        b = Blocks(*tokens.shape[:3], pack(*parameters), tokens, dw_index, pw_index, activation, pw_residual, eps)
+        images, height, width, _ = tokens.shape
+        b = Blocks(images, height, width, pack(*parameters), tokens, dw_index, pw_index, activation, pw_residual, eps)
         w, flat = b.w, tokens.view(b.tokens, b.channels)
         save = 1 if kept.numel() == saved_elements(x, depth, pw_residual, 1) else 2
         planes = kept.view(-1, b.tokens, b.channels)
@@ -334,7 +338,7 @@ def backward(
                     inputs[block + 1] = b.normalise(stages[0], inputs[block], b.new_plane(), stages[1])
 
         g = as_tokens(grad).view(b.tokens, b.channels)
-        sums = b.sums(pw_stage(depth - 1), g)
+        sums: Any = b.sums(pw_stage(depth - 1), g)
         for d in reversed(range(depth)):
             if d not in inputs:
                 restore(d)

@@ -125,9 +125,8 @@ class ConvMixer(Freezable):
                 raise ValueError(f"{name}: expected an integer of at least {least}, got {value!r}")
         if patch_padding >= patch_size:  # patches of nothing but zeros; torch's float16 convolution breaks on them
             raise ValueError(f"patch_padding: expected less than patch_size {patch_size}, got {patch_padding}")
-        plans = {"sharing": sharing, "dw_sharing": dw_sharing}
-        blocks = {"activation": activation, "pw_residual": pw_residual, "templates": templates, "transform": transform}
-        mixer = SharedMixer(dim, depth, kernel_size, **plans, **blocks)
+        blocks = (dim, depth, kernel_size, sharing, activation, pw_residual, templates, transform)
+        mixer = SharedMixer(*blocks, dw_sharing=dw_sharing)
         self.patch_embed = PatchEmbed(in_channels, dim, patch_size, patch_stride, patch_padding, activation)
         self.mixer = mixer
         self.head = Head(dim, num_classes, drop_rate)
@@ -159,6 +158,8 @@ class ConvMixer(Freezable):
                 end.zero_grad()  # frees the copied gradients
             return ends[0], self.mixer._composed(arguments), ends[1]
         conv, bn, fc = self.patch_embed.conv, self.patch_embed.bn, self.head.fc
+        assert bn.running_mean is not None  # they are tracked
+        assert bn.running_var is not None
         affine = fold_batch_norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, dim=0)
         return torch.ops.spin._pack_network(
             conv.weight,

@@ -65,7 +65,8 @@ class Isotropic(nn.Module, ABC):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     @abstractmethod
     def _embed(self, images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ the image turns them and shifts them on by one orientation.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -64,7 +65,8 @@ class RepeatedOrientations:
             for name, conv in list(parent.named_children()):
                 if isinstance(conv, nn.Conv2d):
                     into, out = conv.in_channels, conv.out_channels
-                    repeated = RepeatConv2d(into, out, conv.kernel_size, (out // 4, into), bias=False)
+                    kernel_size: Any = conv.kernel_size
+                    repeated = RepeatConv2d(into, out, kernel_size, (out // 4, into), bias=False)
                     setattr(parent, name, repeated)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +111,9 @@ class VisionTransformer(Isotropic):
         return torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), 1) + self.pos_embed
 
     def _block(self, d: int, x: Tensor) -> Tensor:
-        layers, (before_attention, before_mlp) = self.shared[self.index[d]], self.norms[d]
+        layers: Any = self.shared[self.index[d]]
+        norms: Any = self.norms[d]
+        before_attention, before_mlp = norms
         x = x + layers["attention"](before_attention(x))
         return x + layers["mlp"](before_mlp(x))
 

@@ -92,6 +92,8 @@ class SuperWeightBank(Freezable):
     # One flat parameter for all clusters, as the operator reads it: a parameter per cluster would read better in a
     # state dict, but have to be copied together at every step, a pass over the bank.
 
+    plan: Any  # where spin.search.apply made the bank: the spin.Plan that it follows
+
     def __init__(
         self,
         sizes: Mapping[str, int],
@@ -162,7 +164,7 @@ class SuperWeightBank(Freezable):
         self.unfreeze()
         return len(self.layers) - 1
 
-    def add_matrices(self, count: int, dim: int, cluster: str) -> tuple[int]:
+    def add_matrices(self, count: int, dim: int, cluster: str | None) -> tuple[int]:
         """Adds ``count`` square matrices, each with coefficients of its own, as one layer (count * dim, dim, 1, 1)."""
         name, slabs = f"layer{len(self.layers)}", []
         for s in range(count):
@@ -216,8 +218,8 @@ class SuperWeightBank(Freezable):
             if self._packed.value is not None:
                 return self._packed.value[layer]
         step = self._step
-        mine = step is not None and (step.thread, step.with_gradients) == (_thread(), torch.is_grad_enabled())
-        if mine and layer in step.weights:
+        now = _thread(), torch.is_grad_enabled()
+        if step is not None and (step.thread, step.with_gradients) == now and layer in step.weights:
             return step.weights[layer]
         if torch.compiler.is_compiling():
             return self.compose([layer])[0]
@@ -231,7 +233,8 @@ class SuperWeightBank(Freezable):
         if layers not in self._plans:
             self._plans[layers] = self._plan(layers)
         plan = self._plans[layers]
-        bank, coefficients = self.templates, self.coefficients()
+        bank: Tensor = self.templates
+        coefficients = self.coefficients()
         if plan.turned:
             bank = torch.cat((bank, *(self._turn(*window) for window in plan.turned)))
         if plan.averages:
@@ -240,9 +243,11 @@ class SuperWeightBank(Freezable):
         return functional.compose_superweights(bank, coefficients, plan.pieces, plan.shapes)
 
     def _plan(self, layers: tuple[int, ...]) -> _Plan:
-        pieces, shapes = [], []
-        turned, end = {}, len(self.templates)
-        averages, first_average = {}, sum(self.coefficients.lengths.values())
+        pieces: list[int] = []
+        shapes: list[int] = []
+        turned: dict[tuple[int, int, int], int] = {}
+        averages: dict[int, int] = {}
+        end, first_average = len(self.templates), sum(self.coefficients.lengths.values())
         for number, layer in enumerate(layers):
             shape, slabs = self.layers[layer]
             shapes += shape
@@ -325,7 +330,7 @@ class FromBank:
 def tile(
     shape: tuple[int, int, int, int],
     bank: SuperWeightBank,
-    cluster: str,
+    cluster: str | None,
     templates: int | None = None,
     block: tuple[int, int] | None = None,
     start: int = 0,
@@ -358,7 +363,7 @@ def tile(
             f"{cluster!r}; give it more, or a smaller block=(o, i)"
         )
     name = coefficients if coefficients is not None else f"layer{len(bank.layers)}"
-    slabs = []
+    slabs: list[Slab] = []
     for a in range(0, out, o):
         for b in range(0, into, i):
             vector = name if out <= o and into <= i else f"{name}.{len(slabs)}"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Packed:
@@ -38,6 +41,9 @@ class Freezable(nn.Module):
     Subclasses define ``_pack()`` and ``_run_packed(x, packed)``.
     """
 
+    _pack: Callable[[], Any]
+    _run_packed: Callable[[Tensor, Any], Tensor]
+
     def __init__(self) -> None:
         super().__init__()
         self._packed = Packed()
@@ -52,7 +58,7 @@ class Freezable(nn.Module):
         """Whether calls use packed weights and ignore later changes of the parameters."""
         return self._packed.frozen
 
-    def freeze(self) -> Freezable:
+    def freeze(self) -> Self:
         """Packs the weights, BatchNorm folded in, for inference, and returns the module.
 
         Until :meth:`unfreeze`, calls ignore changes of the parameters. ``train()``, ``load_state_dict()``
@@ -70,7 +76,7 @@ class Freezable(nn.Module):
             self._packed.keep(self._pack())
         return self
 
-    def unfreeze(self) -> Freezable:
+    def unfreeze(self) -> Self:
         """Drops the packed weights, so that every call reads the parameters, and returns the module."""
         self._packed.drop()
         return self
@@ -86,12 +92,12 @@ class Freezable(nn.Module):
         with torch.no_grad():
             return self._run_packed(x, self._packed.value)
 
-    def train(self, mode: bool = True) -> Freezable:
+    def train(self, mode: bool = True) -> Self:
         if mode:
             self._packed.drop()
         return super().train(mode)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Freezable:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._packed.drop()
         return super()._apply(fn, recurse)
 
@@ -99,7 +105,9 @@ class Freezable(nn.Module):
 class Float32State(nn.Module):
     """A module whose ``_float32_state()`` stays float32 when it is converted to a shorter type."""
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32State:
+    _float32_state: Callable[[], Iterable[Tensor | None]]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # nn.Module hands the gradients to fn too; the list keeps them alive, so that their ids stay theirs.
         state = [t for t in self._float32_state() if t is not None]
         state += [t.grad for t in state if isinstance(t, nn.Parameter) and t.grad is not None]

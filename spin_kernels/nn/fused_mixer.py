@@ -40,6 +40,8 @@ class FusedMixer(SharedMixer):
         ValueError, TypeError: an argument is out of its range.
     """
 
+    pw_reduction: Tensor | None
+
     def __init__(
         self,
         dim: int,
@@ -82,7 +84,7 @@ class FusedMixer(SharedMixer):
         dtype, reduction = self.pw_weight.dtype, self.pw_reduction
         weights = self.pw_weight
         factors = self.pw_affine.new_tensor([1 / len(group) for group in groups for _ in group])
-        if self.reduction == "channel_weighted_mean":  # a factor per row, of which a composition knows none
+        if reduction is not None and self.reduction == "channel_weighted_mean":  # per row, as no composition has them
             weights = reduction[:, :, None] * weights
         elif reduction is not None:
             factors = factors * reduction[[d for group in groups for d in group], 0]
@@ -90,11 +92,12 @@ class FusedMixer(SharedMixer):
             weights = weights[[d for group in groups for d in group]]
             ends = list(accumulate(map(len, groups)))
             groups = [list(range(end - len(group), end)) for group, end in zip(groups, ends, strict=True)]
-        pieces, first = [], 0
+        pieces: list[int] = []
+        start = 0
         for s, group in enumerate(groups):
             step = group[1] - group[0] if len(group) > 1 else 0
-            pieces += [0, group[0] * c * c, step * c * c, len(group), first, s * c, 0, c, c, c]
-            first += len(group)
+            pieces += [0, group[0] * c * c, step * c * c, len(group), start, s * c, 0, c, c, c]
+            start += len(group)
         (fused,) = functional.compose_superweights(weights.flatten(), factors, pieces, (len(groups) * c, c, 1, 1))
         return fused.view(-1, c, c).to(dtype), self._mean_biases()
 

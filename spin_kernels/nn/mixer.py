@@ -55,6 +55,18 @@ class SharedMixer(FromBank, Float32State, Freezable):
         ValueError, TypeError: an argument is out of its range.
     """
 
+    dw_weight: Tensor
+    dw_bias: Tensor | None
+    dw_affine: Tensor
+    pw_weight: Tensor
+    pw_bias: Tensor | None
+    pw_affine: Tensor
+    pw_coefficients: Tensor | None
+    pw_gain: Tensor | None
+    dw_running: Tensor
+    pw_running: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -99,8 +111,8 @@ class SharedMixer(FromBank, Float32State, Freezable):
         self.pw_index, self.dw_index = tuple(self.sharing.index), tuple(self.dw_sharing.index)
 
         shared, filters = self.sharing.num_shared, self.dw_sharing.num_shared
-        weights = {"device": device, "dtype": dtype if dtype is not None else torch.get_default_dtype()}
-        state = {"device": device, "dtype": torch.promote_types(weights["dtype"], torch.float32)}
+        weights: dict[str, Any] = {"device": device, "dtype": dtype if dtype is not None else torch.get_default_dtype()}
+        state: dict[str, Any] = {"device": device, "dtype": torch.promote_types(weights["dtype"], torch.float32)}
         gains = {None: None, "scalar": (depth, 1), "channel": (depth, dim)}[transform]
         for name, shape, options in (
             ("dw_weight", (filters, dim, kernel_size, kernel_size), weights),
@@ -183,7 +195,7 @@ class SharedMixer(FromBank, Float32State, Freezable):
 
     def _op_arguments(self) -> dict[str, Any]:
         """The operator's arguments in the order of spin::_pack_mixer; in eval mode BatchNorm is folded in."""
-        arguments = {
+        arguments: dict[str, Any] = {
             "dw_weight": self.dw_weight,
             "dw_bias": self.dw_bias,
             "dw_affine": self.dw_affine,
@@ -199,8 +211,8 @@ class SharedMixer(FromBank, Float32State, Freezable):
         }
         if not self.training:
             for name, running in (("dw_affine", self.dw_running), ("pw_affine", self.pw_running)):
-                gamma_beta, mean_var = arguments[name].unbind(1), running.unbind(1)
-                arguments[name] = fold_batch_norm(*gamma_beta, *mean_var, self.eps, dim=1)
+                (gamma, beta), (mean, var) = arguments[name].unbind(1), running.unbind(1)
+                arguments[name] = fold_batch_norm(gamma, beta, mean, var, self.eps, dim=1)
         return arguments
 
     def _normalise_with_batch_statistics(self, x: Tensor) -> Tensor:
@@ -216,7 +228,7 @@ class SharedMixer(FromBank, Float32State, Freezable):
         y, dw_stats, pw_stats = op(x, **self._op_arguments(), eps=self.eps)
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
-            momentum = self.momentum
+            momentum: Any = self.momentum
             if momentum is None:
                 momentum = self.num_batches_tracked.to(dw_stats.dtype).reciprocal()
             count = x.numel() // self.dim

@@ -82,6 +82,16 @@ class RepeatConv2d(Float32State):
         ValueError, TypeError: an argument is out of its range, or a call's weight is missing or does not fit.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    alpha: Tensor | None
+    beta: Tensor | None
+    sign: Tensor | None
+    sign_rows: Tensor | None
+    sign_columns: Tensor | None
+    drop_mask: Tensor | None
+    random_weights: Tensor
+
     def __init__(
         self,
         in_channels: int,
@@ -120,7 +130,8 @@ class RepeatConv2d(Float32State):
         if given is not None and mode != "hybrid":
             raise ValueError(f"given: expected None in mode {mode!r}, got {given!r}")
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, shape[2:]
-        self.base, self.given = tuple(base), None if given is None else tuple(given)
+        self.base = base[0], base[1]
+        self.given = None if given is None else (given[0], given[1])
         self.stride, self.padding = _pair(stride), padding
         self.mode, self.modulation, self.concat_dim, self.drop_rate = mode, modulation, concat_dim, drop_rate
 
@@ -271,7 +282,8 @@ class RepeatConv2d(Float32State):
 
     def forward(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Convolves x (B, in_channels, H, W); ``weight`` as :meth:`source` takes it."""
-        return F.conv2d(x, self.repeated_weight(weight), self.bias, self.stride, self.padding)
+        padding: Any = self.padding
+        return F.conv2d(x, self.repeated_weight(weight), self.bias, self.stride, padding)
 
     def extra_repr(self) -> str:
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, base={self.base}"

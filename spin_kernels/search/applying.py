@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -77,7 +78,7 @@ def apply(models: Models, plan: Plan) -> nn.Module:
         ValueError: the plan is one of other models, or their layers differ in dtype or device.
     """
     networks = as_models(models)
-    before = bound_bank(models)
+    before = find_bank(models)
     if len(networks) != len(plan.models):
         raise ValueError(f"models: expected the {len(plan.models)} of the plan, got {len(networks)}; plan these models")
     if before is not None:
@@ -90,14 +91,14 @@ def apply(models: Models, plan: Plan) -> nn.Module:
         if before is None and hasattr(network, "bank"):
             raise ValueError(f"models: expected no module or attribute 'bank' in model {model}, got one; rename it")
         for layer in planned:
-            module = found.get(layer.name)
+            module: Any = found.get(layer.name)
             shape = tuple(module.weight.shape) if type(module) in _PLAIN else type(module).__name__
             if shape != layer.shape:
                 raise ValueError(
                     f"plan: expected a layer {layer.name!r} with a weight of {layer.shape} in model {model}, got "
                     f"{'none' if module is None else shape}; plan these models, or apply the plan to those it is of"
                 )
-    layers = [[network.get_submodule(layer.name) for layer in planned]
+    layers: list[list[Any]] = [[network.get_submodule(layer.name) for layer in planned]
               for network, planned in zip(copies, plan.models, strict=True)]  # fmt: skip
     kinds = {(layer.weight.dtype, layer.weight.device) for found in layers for layer in found}
     if len(kinds) > 1:
@@ -105,8 +106,8 @@ def apply(models: Models, plan: Plan) -> nn.Module:
     ((dtype, device),) = kinds
     bank = SuperWeightBank(plan.bank_sizes, device=device, dtype=dtype)
     for model, network in enumerate(copies):
-        for number, layer in enumerate(layers[model]):
-            new = from_bank(layer, bank, plan.slabs(model, number), plan.base(model, number))
+        for number, old in enumerate(layers[model]):
+            new = from_bank(old, bank, plan.slabs(model, number), plan.base(model, number))
             replace(network, plan.models[model][number].name, new)
         bank.attach(network)
     trained = count_parameters(nn.ModuleList([*copies, bank]))
@@ -132,36 +133,43 @@ def plain(net: nn.Module) -> nn.Module:
     Raises:
         ValueError: ``net`` is not what ``apply`` returned.
     """
-    bank = bound_bank(net, required=True)
+    bank = bound_bank(net)
     copies = [_released(network, bank) for network in copy.deepcopy(as_models(net), memo={id(bank): bank})]
     return nn.ModuleList(copies) if isinstance(net, nn.ModuleList) else copies[0]
 
 
-def bound_bank(net: object, required: bool = False) -> SuperWeightBank | None:
-    """The bank that :func:`apply` gave; None for other models.
+def find_bank(net: object) -> SuperWeightBank | None:
+    """The bank that :func:`apply` gave; None for other models."""
+    bank = getattr(net, "bank", None)
+    planned = isinstance(bank, SuperWeightBank) and isinstance(getattr(bank, "plan", None), Plan)
+    return bank if planned else None
+
+
+def bound_bank(net: object) -> SuperWeightBank:
+    """The bank that :func:`apply` gave.
 
     Raises:
-        ValueError: a bank is required, and there is none.
+        ValueError: there is none.
     """
-    bank = getattr(net, "bank", None)
-    if isinstance(bank, SuperWeightBank) and isinstance(getattr(bank, "plan", None), Plan):
-        return bank
-    if required:
+    bank = find_bank(net)
+    if bank is None:
         raise ValueError(f"net: expected what spin.search.apply returned, got {type(net).__name__}; apply a plan first")
-    return None
+    return bank
 
 
-def bound_layers(net: object) -> list[list[nn.Module]]:
+def bound_layers(net: Models) -> list[list[Any]]:
     """For each model the layers that the bank makes, in the order of the plan.
 
     Raises:
         ValueError: these are not the models that ``apply`` returned, all of them in their order.
     """
-    bank: SuperWeightBank = bound_bank(net, required=True)
+    bank = bound_bank(net)
     networks = as_models(net)
     names = [[layer.name for layer in layers] for layers in bank.plan.models]
     of_networks = [dict(network.named_modules()) for network in networks]
-    layers = [[of.get(name) for name in listed] for of, listed in zip(of_networks, names, strict=False)]
+    layers: list[list[Any]] = [
+        [of.get(name) for name in listed] for of, listed in zip(of_networks, names, strict=False)
+    ]
     numbers = [layer.bank_layers if isinstance(layer, _SUPER) and layer.bank is bank else None
                for found in layers for layer in found]  # fmt: skip
     if len(networks) != len(names) or numbers != [(n,) for n in range(len(bank.layers))]:
@@ -177,7 +185,8 @@ def _released(network: nn.Module, bank: SuperWeightBank) -> nn.Module:
     """The network itself, with plain layers and without the bank."""
     for name, layer in list(network.named_modules()):
         if isinstance(layer, _SUPER) and layer.bank is bank:
-            options = {"device": "meta", "dtype": bank.templates.dtype}
+            options: dict[str, Any] = {"device": "meta", "dtype": bank.templates.dtype}
+            new: Any
             if isinstance(layer, SuperLinear):
                 new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, **options)
             else:
@@ -195,7 +204,8 @@ def _released(network: nn.Module, bank: SuperWeightBank) -> nn.Module:
 def _carry(before: SuperWeightBank, bank: SuperWeightBank, old: list[nn.Module], new: list[nn.Module]) -> None:
     """Copies the templates and coefficients of banks with the same layers and sizes, and the tiles' modulation."""
     old_users, new_users = (_users(plan) for plan in (before.plan, bank.plan))
-    values, old_values = bank.coefficients.values, before.coefficients.values
+    values: Any = bank.coefficients.values
+    old_values: Any = before.coefficients.values
     same = {}
     for cluster, users in new_users.items():
         twin = next((c for c, of in old_users.items() if set(of) == set(users)), None)
@@ -210,6 +220,7 @@ def _carry(before: SuperWeightBank, bank: SuperWeightBank, old: list[nn.Module],
                     values[start : start + length] = old_values[old_start : old_start + length]
     for model, planned in enumerate(bank.plan.models):
         for layer in planned:
+            module: Any
             module, source = (networks[model].get_submodule(layer.name) for networks in (new, old))
             if bank.plan.bank_name(layer.cluster, 0) in same and module.alpha is not None:
                 for name in ("alpha", "beta"):

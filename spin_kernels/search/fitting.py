@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ class Fitting:
             )
             for n, found in enumerate(layers)
         )
-        settings = {
+        settings: dict[str, Any] = {
             "budget": self.budget, "other_parameters": other_parameters, "count": self.count, "method": self.method,
             "max_templates": self.max_templates, "coefficients_of": coefficients, "threshold": threshold,
         }  # fmt: skip

@@ -251,7 +251,7 @@ class Plan:
         entries |= {
             f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("models", "templates", "blocks")
         }
-        lists = {
+        lists: dict[str, list[dict[str, Any]]] = {
             "templates": [{"cluster": c, "level": w, "templates": n} for (c, w), n in self.templates.items()],
             "blocks": [{"cluster": cluster, "block": block} for cluster, block in self.blocks.items()],
         }

@@ -127,8 +127,8 @@ class Search:
 
     def _plan(self, networks: list[nn.Module]) -> Plan:
         s = self.settings
-        options = {"max_templates": s.max_templates, "count": s.count, "strict": s.strict, "method": s.method}
-        return plan(networks, s.budget, bins=s.bins, **options)
+        rules: dict[str, Any] = {"count": s.count, "strict": s.strict, "method": s.method}
+        return plan(networks, s.budget, bins=s.bins, max_templates=s.max_templates, **rules)
 
     def _networks(self) -> list[nn.Module]:
         """The models as they begin."""

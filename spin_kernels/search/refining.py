@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ def split(
     Raises:
         ValueError: ``net`` has no plan, there are no batches, or a loss or gradient is not finite.
     """
-    old: Plan = bound_bank(net, required=True).plan
+    old: Plan = bound_bank(net).plan
     _check_threshold(threshold)
     if compare not in COMPARED:
         raise ValueError(f"compare: expected one of {', '.join(COMPARED)}, got {compare!r}; choose one of them")
@@ -96,7 +97,7 @@ def unshare(net: nn.Module, batches: Batches, loss_fn: Loss, threshold: float = 
 
     Args, raises: as :func:`split`.
     """
-    bank = bound_bank(net, required=True)
+    bank = bound_bank(net)
     old: Plan = bank.plan
     _check_threshold(threshold)
     gradients, _ = weight_gradients(net, batches, loss_fn)
@@ -122,10 +123,10 @@ def weight_gradients(net: nn.Module, batches: Batches, loss_fn: Loss) -> tuple[l
     Raises:
         ValueError: there are no batches, or a loss or gradient is not finite.
     """
-    plan: Plan = bound_bank(net, required=True).plan
+    plan: Plan = bound_bank(net).plan
     bound_layers(net)
     networks = as_models(plain(net))
-    weights = [[network.get_submodule(layer.name).weight for layer in layers]
+    weights: list[list[Any]] = [[network.get_submodule(layer.name).weight for layer in layers]
                for network, layers in zip(networks, plan.models, strict=True)]  # fmt: skip
     gradients = [[torch.zeros_like(weight) for weight in found] for found in weights]
     count = 0
@@ -141,8 +142,8 @@ def weight_gradients(net: nn.Module, batches: Batches, loss_fn: Loss) -> tuple[l
                 )
             if not loss.requires_grad:
                 raise ValueError("loss_fn: expected a loss with a gradient, got none; compute it from the output")
-            found = torch.autograd.grad(loss, weights[model], allow_unused=True)
-            for total, gradient in zip(gradients[model], found, strict=True):
+            of_loss = torch.autograd.grad(loss, weights[model], allow_unused=True)
+            for total, gradient in zip(gradients[model], of_loss, strict=True):
                 if gradient is not None:
                     total += gradient
     if not count:
@@ -177,10 +178,10 @@ def _vector_gradients(
     net: nn.Module, gradients: list[list[Tensor]]
 ) -> tuple[list[dict[Bank, list[int]]], list[dict[Bank, list[Tensor]]]]:
     """For each network and bank the vectors of its layers, and what each layer adds to the gradient of its vector."""
-    bank = bound_bank(net, required=True)
+    bank = bound_bank(net)
     plan: Plan = bank.plan
     layers = bound_layers(net)
-    values = bank.coefficients.values
+    values: Any = bank.coefficients.values
     if not values.requires_grad:
         raise ValueError("net: expected coefficients that are trained, got requires_grad=False; set it to True")
     vectors: list[dict[Bank, list[int]]] = [{} for _ in layers]

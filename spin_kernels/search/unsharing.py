@@ -11,7 +11,7 @@ from torch import Tensor
 from .priority import regroup
 from .similarity import cosine
 
-Bank = Hashable  # such as (cluster, level)
+Bank = tuple[int, int]  # cluster, level
 User = tuple[int, int]  # network, position among its layers that have the level
 
 
