@@ -69,7 +69,7 @@ def test_every_kernel_and_epilogue(
     monkeypatch.setattr(mixer, "fused_tiles", lambda images, *problem: configs.fused_tiles(1000, *problem))
     for bias, gain, residual, templates in ((True, False, False, None), (False, True, True, 3)):
         a = mixer_arguments(
-            batch=2, channels=70, height=size[0], width=size[1], kernel=3, depth=2, filters=2, templates=templates,
+            batch=2, channels=70, height=size[0], width=size[1], kernel=3, depth=3, filters=2, templates=templates,
             bias=bias, gain=gain, dtype=dtype, activation=activation, pw_residual=residual,
         )  # fmt: skip
         check(a)
