@@ -112,10 +112,9 @@ class VisionTransformer(Isotropic):
 
     def _block(self, d: int, x: Tensor) -> Tensor:
         layers: Any = self.shared[self.index[d]]
-        norms: Any = self.norms[d]
-        before_attention, before_mlp = norms
-        x = x + layers["attention"](before_attention(x))
-        return x + layers["mlp"](before_mlp(x))
+        norms: Any = self.norms[d]  # before attention, before the MLP
+        x = x + layers["attention"](norms[0](x))
+        return x + layers["mlp"](norms[1](x))
 
     def _pool(self, features: Tensor) -> Tensor:
         return features[:, 0]

@@ -164,7 +164,7 @@ class SuperWeightBank(Freezable):
         self.unfreeze()
         return len(self.layers) - 1
 
-    def add_matrices(self, count: int, dim: int, cluster: str | None) -> tuple[int]:
+    def add_matrices(self, count: int, dim: int, cluster: str) -> tuple[int]:
         """Adds ``count`` square matrices, each with coefficients of its own, as one layer (count * dim, dim, 1, 1)."""
         name, slabs = f"layer{len(self.layers)}", []
         for s in range(count):
@@ -330,7 +330,7 @@ class FromBank:
 def tile(
     shape: tuple[int, int, int, int],
     bank: SuperWeightBank,
-    cluster: str | None,
+    cluster: str,
     templates: int | None = None,
     block: tuple[int, int] | None = None,
     start: int = 0,

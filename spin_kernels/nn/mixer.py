@@ -129,7 +129,7 @@ class SharedMixer(FromBank, Float32State, Freezable):
         self.register_buffer("dw_running", torch.empty(depth, 2, dim, **state))
         self.register_buffer("pw_running", torch.empty(depth, 2, dim, **state))
         self.register_buffer("num_batches_tracked", torch.tensor(0, dtype=torch.long, device=device))
-        if bank is not None:
+        if bank is not None and cluster is not None:
             self._join(bank, *bank.add_matrices(shared, dim, cluster))
         self._drop_packed_on_load()
         self.reset_parameters()

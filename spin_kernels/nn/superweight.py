@@ -41,7 +41,9 @@ class _SuperLayer(FromBank, Float32State):
         if base is not None and not (len(base) == 2 and 0 < base[0] <= shape[0] and 0 < base[1] <= shape[1]):
             raise ValueError(f"base: expected (o, i) from (1, 1) to {shape[:2]}, got {base!r}")
         made, fan_in = (*(base or shape)[:2], *shape[2:]), math.prod(shape[1:])
-        slabs = tile(made, bank, cluster, **options) if slabs is None else slabs
+        if cluster is not None:
+            slabs = tile(made, bank, cluster, **options)
+        assert slabs is not None  # one of the two is given
         self._join(bank, bank.add(made, slabs, fan_in))
         bound = 1 / math.sqrt(fan_in)  # as nn.Conv2d and nn.Linear
         like = bank.templates

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .applying import bound_bank, bound_layers, plain
+from .coefficients import Bank
 from .fitting import Fitting, OverBudgetError
 from .joining import Assignment, assign_clusters
 from .planning import as_models
@@ -19,7 +20,6 @@ from .splitting import cluster_numbers
 from .stable import layer_similarities, split_stably
 from .unsharing import unshare_vectors
 
-Bank = tuple[int, int]  # cluster, level
 Batches = Iterable[tuple[Tensor, Tensor]]
 Loss = Callable[[Tensor, Tensor], Tensor]
 COMPARED = ("gradients", "weights", "both")

@@ -8,10 +8,10 @@ from itertools import combinations
 
 from torch import Tensor
 
+from .coefficients import Bank
 from .priority import regroup
 from .similarity import cosine
 
-Bank = tuple[int, int]  # cluster, level
 User = tuple[int, int]  # network, position among its layers that have the level
 
 
