@@ -20,6 +20,7 @@
 #pragma once
 #include "activation.h"
 #include "kernels.h"
+#include "several.h"
 
 namespace spin {
 
@@ -29,46 +30,77 @@ struct Elementwise {
   static constexpr int64_t kLanes = V::kLanes;
   static constexpr int64_t kChunk = 256;
 
-  // Calls body(act, differentiate, load) with element type, activation and accuracy as compile-time constants.
+  // What a pre-activation is: element type, activation and accuracy are compile-time constants.
+  template <Activation kActivation, bool kFine, bool kFloats>
+  struct Values {
+    const Activated& a;
+    template <class S>
+    SPIN_INLINE typename S::F pre(S, int64_t token) const {
+      return S::make([&](int i) {
+        const int64_t at = (token + i) * kLanes;
+        return kFloats ? V::load(a.pre + at * 4) : V::load_as(a.pre + at * 2, a.type);
+      });
+    }
+    template <class S>
+    SPIN_INLINE typename S::F act(S, const typename S::F& pre) const {
+      return activate<S, kActivation, kFine>(pre);
+    }
+    template <class S>
+    SPIN_INLINE typename S::F differentiate(S, const typename S::F& pre, const typename S::F& value) const {
+      return spin::differentiate<S, kActivation>(pre, value);
+    }
+  };
+
   template <class Body>
   static SPIN_INLINE void specialise(const Activated& a, const Body& body) {
     with_activation(a.activation, [&](auto constant) {
       constexpr Activation kActivation = decltype(constant)::value;
-      auto with_load = [&](auto act) {
-        auto through = [](F pre, F value) { return differentiate<V, kActivation>(pre, value); };
-        if (a.type == DType::kFloat32) {
-          body(act, through, [&](int64_t t) { return V::load(a.pre + t * kLanes * 4); });
-        } else {
-          body(act, through, [&](int64_t t) { return V::load_as(a.pre + t * kLanes * 2, a.type); });
-        }
-      };
-      if (kActivation == Activation::kGelu && !a.fine) {
-        with_load([](F pre) { return activate<V, kActivation, false>(pre); });
+      constexpr bool kTwo = kActivation == Activation::kGelu;  // accuracies
+      const bool floats = a.type == DType::kFloat32;
+      if (kTwo && !a.fine) {
+        floats ? body(Values<kActivation, !kTwo, true>{a}) : body(Values<kActivation, !kTwo, false>{a});
       } else {
-        with_load([](F pre) { return activate<V, kActivation, true>(pre); });
+        floats ? body(Values<kActivation, true, true>{a}) : body(Values<kActivation, true, false>{a});
       }
     });
   }
 
-  // body(token, sums) adds to the sums of its chain; chunk by chunk they are added to `total`.
+  template <class S>
+  static SPIN_INLINE typename S::F load(S, const float* from, int64_t token) {
+    return S::make([&](int i) { return V::load(from + (token + i) * kLanes); });
+  }
+  template <class S>
+  static SPIN_INLINE void store(S, const typename S::F& x, float* to, int64_t token) {
+    S::visit(x, [&](int i, F one) { V::store(to + (token + i) * kLanes, one); });
+  }
+
+  using One = Several<V, 1>;
+  using Some = Several<V, V::kTogether>;
+
+  // body(several, token, sums) adds what some tokens have to the sums of their chains, one of four each; chunk by
+  // chunk they are added to `total`.
   template <int kSums, class Body>
   static SPIN_INLINE void sum(int64_t tokens, float* total, const Body& body) {
     F all[kSums];
     for (int i = 0; i < kSums; ++i) all[i] = V::load(total + i * kLanes);
     for (int64_t first = 0; first < tokens; first += kChunk) {
       const int64_t last = first + kChunk < tokens ? first + kChunk : tokens;
-      F chain[4][kSums];
+      typename Some::F chain[4 / V::kTogether][kSums];
       for (auto& sums : chain) {
-        for (F& s : sums) s = V::zero();
+        for (auto& s : sums) s = Some::zero();
       }
       int64_t t = first;
       for (; t + 4 <= last; t += 4) {
 #pragma GCC unroll 4
-        for (int c = 0; c < 4; ++c) body(t + c, chain[c]);
+        for (int c = 0; c < 4 / V::kTogether; ++c) body(Some(), t + c * V::kTogether, chain[c]);
       }
-      for (; t < last; ++t) body(t, chain[0]);
+      typename One::F rest[kSums];
+      for (int i = 0; i < kSums; ++i) rest[i].v[0] = chain[0][i].v[0];
+      for (; t < last; ++t) body(One(), t, rest);
       for (int i = 0; i < kSums; ++i) {
-        all[i] = V::add(all[i], V::add(V::add(chain[0][i], chain[1][i]), V::add(chain[2][i], chain[3][i])));
+        chain[0][i].v[0] = rest[i].v[0];
+        auto of = [&](int c) { return chain[c / V::kTogether][i].v[c % V::kTogether]; };
+        all[i] = V::add(all[i], V::add(V::add(of(0), of(1)), V::add(of(2), of(3))));
       }
     }
     for (int i = 0; i < kSums; ++i) V::store(total + i * kLanes, all[i]);
@@ -76,34 +108,41 @@ struct Elementwise {
 
   static void transform(const TransformArgs& args) {
     const F center = V::load(args.center), scale = V::load(args.scale), shift = V::load(args.shift);
-    specialise(args.a, [&](auto act, auto, auto load) {
-      for (int64_t t = 0; t < args.a.tokens; ++t) {
-        F value = V::fma(V::sub(act(load(t)), center), scale, shift);
-        if (args.residual) value = V::add(value, V::load(args.residual + t * kLanes));
-        V::store(args.out + t * kLanes, value);
-      }
+    specialise(args.a, [&](auto values) {
+      auto some = [&](auto s, int64_t t) __attribute__((always_inline)) {
+        using S = decltype(s);
+        const auto u = values.act(s, values.pre(s, t));
+        auto out = S::fma(S::sub(u, S::all(center)), S::all(scale), S::all(shift));
+        if (args.residual) out = S::add(out, load(s, args.residual, t));
+        store(s, out, args.out, t);
+      };
+      int64_t t = 0;
+      for (; t + V::kTogether <= args.a.tokens; t += V::kTogether) some(Some(), t);
+      for (; t < args.a.tokens; ++t) some(One(), t);
     });
   }
 
   static void moments(const MomentsArgs& args) {
-    specialise(args.a, [&](auto act, auto, auto load) {
+    specialise(args.a, [&](auto values) {
       double mean[kLanes] = {}, deviations[kLanes] = {};
-      alignas(64) float values[kChunk * kLanes], middle[kLanes], rest[2 * kLanes];
+      alignas(64) float chunk[kChunk * kLanes], middle[kLanes], rest[2 * kLanes];
       for (int64_t first = 0; first < args.a.tokens; first += kChunk) {
         const int64_t count = first + kChunk < args.a.tokens ? kChunk : args.a.tokens - first;
         V::store(middle, V::zero());
-        sum<1>(count, middle, [&](int64_t t, F(&s)[1]) {
-          const F u = act(load(first + t));
-          V::store(values + t * kLanes, u);
-          s[0] = V::add(s[0], u);
+        sum<1>(count, middle, [&](auto s, int64_t t, auto& sums) __attribute__((always_inline)) {
+          using S = decltype(s);
+          const auto u = values.act(s, values.pre(s, first + t));
+          store(s, u, chunk, t);
+          sums[0] = S::add(sums[0], u);
         });
         const F chunk_mean = V::mul(V::load(middle), V::set(1.f / float(count)));
         V::store(middle, chunk_mean);
         for (int i = 0; i < 2; ++i) V::store(rest + i * kLanes, V::zero());
-        sum<2>(count, rest, [&](int64_t t, F(&s)[2]) {
-          const F off = V::sub(V::load(values + t * kLanes), chunk_mean);
-          s[0] = V::add(s[0], off);
-          s[1] = V::fma(off, off, s[1]);
+        sum<2>(count, rest, [&](auto s, int64_t t, auto& sums) __attribute__((always_inline)) {
+          using S = decltype(s);
+          const auto off = S::sub(load(s, chunk, t), S::all(chunk_mean));
+          sums[0] = S::add(sums[0], off);
+          sums[1] = S::fma(off, off, sums[1]);
         });
         const double share = double(count) / double(first + count);
         for (int64_t lane = 0; lane < kLanes; ++lane) {
@@ -122,11 +161,12 @@ struct Elementwise {
   static void gradient_sums(const GradientSumsArgs& args) {
     const F center = V::load(args.center);
     for (int i = 0; i < 2; ++i) V::store(args.sums + i * kLanes, V::zero());
-    specialise(args.a, [&](auto act, auto, auto load) {
-      sum<2>(args.a.tokens, args.sums, [&](int64_t t, F(&s)[2]) {
-        const F g = V::load(args.gradient + t * kLanes);
-        s[0] = V::add(s[0], g);
-        s[1] = V::fma(g, V::sub(act(load(t)), center), s[1]);
+    specialise(args.a, [&](auto values) {
+      sum<2>(args.a.tokens, args.sums, [&](auto s, int64_t t, auto& sums) __attribute__((always_inline)) {
+        using S = decltype(s);
+        const auto g = load(s, args.gradient, t), u = values.act(s, values.pre(s, t));
+        sums[0] = S::add(sums[0], g);
+        sums[1] = S::fma(g, S::sub(u, S::all(center)), sums[1]);
       });
     });
   }
@@ -134,14 +174,17 @@ struct Elementwise {
   static void activation_gradient(const ActivationGradientArgs& args) {
     const F center = V::load(args.center), p = V::load(args.p);
     const F q = args.q ? V::load(args.q) : V::zero(), r = args.q ? V::load(args.r) : V::zero();
-    specialise(args.a, [&](auto act, auto through, auto load) {
-      sum<1>(args.a.tokens, args.sum, [&](int64_t t, F(&s)[1]) {
-        const F pre = load(t);
-        F du = V::mul(p, V::load(args.gradient + t * kLanes));
-        if (args.q) du = V::add(du, V::fma(q, V::sub(act(pre), center), r));
-        const F value = through(pre, du);
-        V::store(args.out + t * kLanes, value);
-        s[0] = V::add(s[0], value);
+    specialise(args.a, [&](auto values) {
+      sum<1>(args.a.tokens, args.sum, [&](auto s, int64_t t, auto& sums) __attribute__((always_inline)) {
+        using S = decltype(s);
+        const auto pre = values.pre(s, t);
+        auto du = S::mul(S::all(p), load(s, args.gradient, t));
+        if (args.q) {
+          du = S::add(du, S::fma(S::all(q), S::sub(values.act(s, pre), S::all(center)), S::all(r)));
+        }
+        const auto value = values.differentiate(s, pre, du);
+        store(s, value, args.out, t);
+        sums[0] = S::add(sums[0], value);
       });
     });
   }

@@ -4,6 +4,7 @@
 // which a kernel at the multiply-add peak leaves free, and saves one copy of each tile per activation.
 #pragma once
 #include "activation.h"
+#include "several.h"
 
 namespace spin {
 
@@ -20,20 +21,25 @@ struct EpilogueArgs {
   int64_t row_bytes;
 };
 
-// One vector of channels.
+// One vector of channels: kRows rows from `row` on.
+template <class V, Activation kActivation, bool kBiased, int kRows>
+SPIN_INLINE void epilogue_rows(const EpilogueArgs& a, int64_t row) {
+  using S = Several<V, kRows>;
+  auto value = S::make([&](int i) { return V::load(a.sums + (row + i) * a.sum_stride); });
+  if constexpr (!kBiased) value = S::fma(value, S::all(V::load(a.gain)), S::all(V::load(a.bias)));
+  value = S::fma(activate<S, kActivation>(value), S::all(V::load(a.scale)), S::all(V::load(a.shift)));
+  S::visit(value, [&](int i, typename V::F y) {
+    const int64_t place = (row + i) * a.row_bytes;
+    V::store_chain(a.output + place, a.residual ? V::add(y, V::load_chain(a.residual + place)) : y);
+  });
+}
+
 template <class V, Activation kActivation, bool kBiased>
 SPIN_INLINE void epilogue(const EpilogueArgs& a) {
-  using F = typename V::F;
-  const F gain = kBiased ? V::zero() : V::load(a.gain), bias = kBiased ? V::zero() : V::load(a.bias);
-  const F scale = V::load(a.scale), shift = V::load(a.shift);
-#pragma GCC unroll 4
-  for (int64_t row = 0; row < a.rows; ++row) {
-    F value = V::load(a.sums + row * a.sum_stride);
-    if constexpr (!kBiased) value = V::fma(value, gain, bias);
-    value = V::fma(activate<V, kActivation>(value), scale, shift);
-    if (a.residual) value = V::add(value, V::load_chain(a.residual + row * a.row_bytes));
-    V::store_chain(a.output + row * a.row_bytes, value);
-  }
+  int64_t row = 0;
+  for (; row + V::kTogether <= a.rows; row += V::kTogether)
+    epilogue_rows<V, kActivation, kBiased, V::kTogether>(a, row);
+  for (; row < a.rows; ++row) epilogue_rows<V, kActivation, kBiased, 1>(a, row);
 }
 
 }  // namespace spin

@@ -9,6 +9,7 @@ namespace spin {
 struct Avx2 {
   using F = __m256;
   static constexpr int kLanes = 8;
+  static constexpr int kTogether = 4;  // vectors side by side in an activation (several.h)
   static constexpr int kPanelVectors = 3;
   static constexpr int kTileRows = 4;   // 12 accumulators + 3 inputs + 1 broadcast; 6 x 2 leaves 4 x 2 of 8 rows: 1.13
   static constexpr int kTileSteps = 8;  // unrolled

@@ -8,6 +8,7 @@ struct Portable {
   using F = float __attribute__((vector_size(16)));
   using I = int32_t __attribute__((vector_size(16)));
   static constexpr int kLanes = 4;
+  static constexpr int kTogether = 4;  // vectors side by side in an activation (several.h)
   static constexpr int kPanelVectors = 2;
   static constexpr int kTileRows = 4;
   static constexpr int kTileSteps = 4;
