@@ -51,6 +51,7 @@ struct Elementwise {
     }
   };
 
+  // Calls body(values).
   template <class Body>
   static SPIN_INLINE void specialise(const Activated& a, const Body& body) {
     with_activation(a.activation, [&](auto constant) {

@@ -9,8 +9,7 @@ namespace spin {
 struct Avx512 {
   using F = __m512;
   static constexpr int kLanes = 16;
-  static constexpr int kTogether =
-      1;  // of an activation (several.h): 32 registers and a large window; more is unmeasured
+  static constexpr int kTogether = 1;  // in an activation (several.h); more was not measured here
   static constexpr int kPanelVectors = 3;
   static constexpr int kTileRows = 8;     // 24 accumulators + 3 inputs + broadcasts
   static constexpr int kTileSteps = 4;    // unrolled
