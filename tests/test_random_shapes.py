@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from arguments import cast, mixer_arguments, tensors_of
 from torch import Tensor
 
-from spin_kernels import reference
+from spin_kernels import reference, spin_runtime
 
 CHUNKS = 10
 SHAPES = int(os.environ.get("SPIN_RANDOM_SHAPES", "1000"))
@@ -193,3 +193,22 @@ def test_random_frozen_networks(chunk: int) -> None:
         assert logits.dtype == image.dtype
         # Logits of a float32 image in a float16 or bfloat16 network have the network's precision at most.
         assert_right(logits.to(dtype), compute, a["x"][:1].new_ones(1) * 4)
+
+
+@pytest.mark.parametrize("isa", spin_runtime.cpu_features()["isas"])
+def test_long_sums_round_less_than_single_ones(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPIN_CPU_ISA", isa)
+    channels = 2048
+    shape = {"batch": 1, "channels": channels, "height": 3, "width": 5, "kernel": 1, "depth": 1, "matrices": 1}
+    a = mixer_arguments(**shape, bias=False, activation="identity")
+    a["dw_affine"].zero_()  # y = x: the product alone
+    a["pw_affine"][:, 0], a["pw_affine"][:, 1] = 1, 0
+    for name in ("x", "pw_weight"):
+        a[name] = torch.rand_like(a[name])
+    tokens, matrix = a["x"].flatten(2)[0].double(), a["pw_weight"][0].double()
+    single = torch.zeros(channels, tokens.shape[1])
+    for i in range(channels):
+        single = torch.addcmul(single.double(), matrix[:, i, None], tokens[i]).float()
+    exact = matrix @ tokens
+    error = (BLOCK(**a).flatten(2)[0].double() - exact).norm()
+    assert error <= 0.6 * (single.double() - exact).norm()

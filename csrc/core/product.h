@@ -20,7 +20,10 @@
 //
 // V has the operands, Out the chain: the same in inference; training's chain is float32 whatever it multiplies.
 //
-// Numerics: float32 sums in order of the input channel, the same for every tile shape and thread count.
+// Numerics: float32 sums in order of the input channel, 256 at a time and those added up, the same for every tile shape
+// and thread count. A sum's rounding grows with its length: in ConvMixer 1024/20 the error of the logits is 0.65 of
+// what single sums of 1024 leave, that of eager PyTorch, for no time that could be measured (0.98 to 1.02, AVX2; blocks
+// of 128: 1.1, the tiles of a vector of rows within a block before the next block: 1.05 to 1.15).
 #pragma once
 #include "epilogue.h"
 #include "kernels.h"
@@ -36,6 +39,7 @@ struct Product {
 
   static constexpr int64_t kLineChannels = V::kLanes * V::kLineVectors;
   static constexpr bool kPairs = V::kLineVectors == 2;  // a unit holds two channels
+  static constexpr int64_t kSumLines = 256 / kLineChannels;
 
   // The panels of some tokens: vectors are dealt out evenly.
   struct Panels {
@@ -95,6 +99,17 @@ struct Product {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sum[r][v] = V::zero();
     }
+    auto add_up = [&](bool more) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          float* to = sums + (r * kVectors + v) * V::kLanes;
+          V::store(to, more ? V::add(V::load(to), sum[r][v]) : sum[r][v]);
+          sum[r][v] = V::zero();
+        }
+      }
+    };
     auto step = [&](const char* unit, bool half) __attribute__((always_inline)) {
       F x[kVectors];
 #pragma GCC unroll 4
@@ -115,25 +130,25 @@ struct Product {
       }
     };
     const int64_t lines = a.input_channels / kLineChannels, rest = a.input_channels % kLineChannels;
-    for (int64_t line = 0; line < lines; ++line, row += kLineBytes) {
-      prefetch.step();
-      if constexpr (V::kTileSteps == 8) {  // the pragma takes no constant of a template
+    for (int64_t first = 0; first < lines; first += kSumLines) {
+      if (first) add_up(first > kSumLines);
+      const int64_t last = lines < first + kSumLines ? lines : first + kSumLines;
+      for (int64_t line = first; line < last; ++line, row += kLineBytes) {
+        prefetch.step();
+        if constexpr (V::kTileSteps == 8) {  // the pragma takes no constant of a template
 #pragma GCC unroll 8
-        for (int64_t unit = 0; unit < kUnits; ++unit) step(row + unit * kUnitBytes, false);
-      } else {
+          for (int64_t unit = 0; unit < kUnits; ++unit) step(row + unit * kUnitBytes, false);
+        } else {
 #pragma GCC unroll 4
-        for (int64_t unit = 0; unit < kUnits; ++unit) step(row + unit * kUnitBytes, false);
+          for (int64_t unit = 0; unit < kUnits; ++unit) step(row + unit * kUnitBytes, false);
+        }
       }
     }
     // Of a line that is not full, padding channels are left out: they may hold NaN.
     for (int64_t channel = 0; channel < rest; channel += V::kLineVectors, row += kUnitBytes) {
       step(row, kPairs && channel + 1 == rest);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) V::store(sums + (r * kVectors + v) * V::kLanes, sum[r][v]);
-    }
+    add_up(lines > kSumLines);
   }
 
   template <int kVectors, int kRows = V::kTileRows>
