@@ -8,7 +8,7 @@ import test_golden
 import torch
 from arguments import mixer_arguments, tensors_of
 from test_random_shapes import any_arguments
-from test_training_shapes import BLOCK, CHECKPOINTED, EPS, TRAIN, assert_right, fused, is_degenerate, leaves
+from test_training_shapes import BLOCK, CHECKPOINTED, EPS, TRAIN, assert_right, fused, is_degenerate, leaves, plain
 from torch.library import opcheck
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -32,7 +32,7 @@ def check(a: dict, eps: float | None) -> None:
         return  # see test_training_shapes.py: of few values a rounded one can decide over a whole gradient
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPIN_BACKEND", "reference")
-        assert_right(got, a, eps, grad)
+        assert_right(got, plain(a, torch.float64, eps, grad), plain(a, dtype, eps, grad), dtype)
 
 
 @pytest.mark.parametrize("statistics", ["frozen", "batch"])
