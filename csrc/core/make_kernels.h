@@ -30,18 +30,19 @@ void activate_all(Activation activation, const float* from, float* to, int64_t c
 
 template <class V>
 double multiply_add_loop(int64_t iterations) {
-  constexpr int kSums = 12;  // more than latency x issue rate of any processor this runs on
+  // More than latency x issue rate: with twelve, Zen 5 shows 92 % of the rate of its vdpbf16ps.
+  constexpr int kSums = V::kTileRows * V::kPanelVectors > 12 ? V::kTileRows * V::kPanelVectors : 12;
   typename V::F sum[kSums], weight = V::set(1e-20f), unit = V::set(0.5f);
-#pragma GCC unroll 12
+#pragma GCC unroll 24
   for (int i = 0; i < kSums; ++i) sum[i] = V::set(1e-8f);
   for (int64_t n = 0; n < iterations; ++n) {
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < kSums; ++i) {
-      SPIN_KEEP(weight);  // or the compiler would see twelve times the same sum
+      SPIN_KEEP(weight);  // or the compiler would see the same sum many times
       sum[i] = V::mac(sum[i], weight, unit);
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 24
   for (int i = 0; i < kSums; ++i) SPIN_KEEP(sum[i]);
   return 2.0 * kSums * V::kLanes * V::kLineVectors * iterations;
 }
@@ -51,7 +52,8 @@ template <class V, class Operand>
 constexpr void set_products(Kernels& kernels) {
   kernels.operand = Operand::kChain;
   kernels.product = Product<Operand, V>::run;
-  kernels.pack_tokens = Product<Operand, V>::pack_tokens;
+  if constexpr (Operand::kChain == V::kChain) kernels.panel_product = Product<Operand, V>::run_panel;
+  kernels.pack_panels = Product<Operand, V>::pack_panels;
   kernels.pack_rows = Layout<Operand>::pack_rows;
   if constexpr (V::kChain == DType::kFloat32) {
     if constexpr (Operand::kChain != DType::kFloat32) kernels.pack_gradient = WeightGradient<Operand>::pack;
@@ -65,6 +67,7 @@ constexpr Kernels make_kernels(const char* name) {
   Kernels kernels{
       .name = name,
       .lanes = V::kLanes,
+      .panel_vectors = V::kPanelVectors,
       .line_channels = Layout<V>::kLineChannels,
       .line_bytes = Layout<V>::kLineBytes,
       .chain = V::kChain,
