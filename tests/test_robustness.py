@@ -92,6 +92,24 @@ def test_unusual_tensors(name: str, kind: str) -> None:
         )
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("width", [1, 7, 16, 19, 40])
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7, 9, 11])
+def test_what_is_not_finite_reaches_its_window_only(kernel: int, width: int, value: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        shape = {"batch": 1, "channels": 20, "height": 5, "width": width, "kernel": kernel}
+        a = mixer_arguments(**shape, depth=1, matrices=1, dtype=dtype)
+        a["x"] = a["x"].clone()
+        a["x"][..., 2, width // 2] = value
+        window = torch.zeros(5, width, dtype=torch.bool)
+        pad = kernel // 2
+        rows, columns = slice(max(2 - pad, 0), 3 + pad), slice(max(width // 2 - pad, 0), width // 2 + pad + 1)
+        window[rows, columns] = True
+        y = torch.ops.spin.shared_mixer_block(**a)
+        assert torch.isfinite(y).all((0, 1))[~window].all()
+        assert not torch.isfinite(y[0, :, 2, width // 2]).any()
+
+
 def test_no_matrix_is_read_that_no_block_uses() -> None:
     a = mixer_arguments(matrices=3, filters=3, depth=3)
     a |= {"pw_index": [0, 2, 0], "dw_index": [2, 2, 0]}

@@ -11,8 +11,11 @@
 // 27 %), so more than the nominal peak can be seen. Loads: (columns + k - 1) / (columns * k) per
 // multiply-add. Kernel sizes other than 3, 5, 7, 9 take one load per multiply-add from zero-padded rows.
 //
-// Chains in bf16 are widened to float once per plane (not once per tap row) into a scratch that fits L1
-// or L2; everything else is the same code.
+// Chains in bf16 are copied once per plane (not once per tap row) into a scratch that fits L1 or L2. For k in {3, 5, 7,
+// 9} the copy has a unit for each pair of neighbours in a row and the taps are pairs too, so (k + 1) / 2 steps of
+// vdpbf16ps take the place of k multiply-adds (exact: weights and activations are bf16 already); the last tap is
+// a pair with zero, and multiplies a neighbour that is masked, because it may be infinite. Otherwise they are widened
+// to float. On an AMD EPYC (Zen 5), in turns, 1024/20 k9 takes 0.97 of the time, 256/8 k5 0.96.
 #pragma once
 #include "epilogue.h"
 #include "kernels.h"
@@ -25,6 +28,7 @@ struct Depthwise {
   static constexpr int64_t kVectorBytes = V::kLanes * (V::kChain == DType::kFloat32 ? 4 : 2);
   static constexpr int64_t kLineBytes = kVectorBytes * V::kLineVectors;
   static constexpr bool kWiden = V::kChain != DType::kFloat32;
+  static constexpr int kStep = V::kLineVectors;        // taps that a step takes in a row tile
   static constexpr int64_t kScratchBytes = 128 << 10;  // a share of L2
 
   // Float rows of one vector of channels: the plane itself, or a copy of some of its rows.
@@ -41,21 +45,26 @@ struct Depthwise {
   template <int kSize, int kColumns, bool kLeft, bool kRight>
   static void row_tile(const float* input, int64_t row_stride, int64_t tap_rows, const float* taps, const float* bias,
                        float* sums) {
-    constexpr int kPad = kSize / 2;
+    constexpr int kPad = kSize / 2, kSteps = (kSize + kStep - 1) / kStep;
     F sum[kColumns];
 #pragma GCC unroll 16
     for (int c = 0; c < kColumns; ++c) sum[c] = V::load(bias);
-    for (int64_t i = 0; i < tap_rows; ++i, input += row_stride, taps += kSize * V::kLanes) {
-      F tap[kSize];
+    for (int64_t i = 0; i < tap_rows; ++i, input += row_stride, taps += kSteps * V::kLanes) {
+      F tap[kSteps];
 #pragma GCC unroll 9
-      for (int j = 0; j < kSize; ++j) tap[j] = V::load(taps + j * V::kLanes);
+      for (int j = 0; j < kSteps; ++j) tap[j] = V::load(taps + j * V::kLanes);
 #pragma GCC unroll 24
-      for (int x = kLeft ? 0 : -kPad; x < kColumns + (kRight ? 0 : kPad); ++x) {
+      for (int x = kLeft ? 1 - kStep : -kPad; x < kColumns + (kRight ? 0 : kPad); ++x) {
         const F value = V::load(input + x * V::kLanes);
 #pragma GCC unroll 9
-        for (int j = 0; j < kSize; ++j) {
-          const int c = x + kPad - j;
-          if (c >= 0 && c < kColumns) sum[c] = V::fma(value, tap[j], sum[c]);
+        for (int j = 0; j < kSteps; ++j) {
+          const int c = x + kPad - kStep * j;
+          if (c < 0 || c >= kColumns) continue;
+          if constexpr (kStep == 2) {
+            sum[c] = V::mac(sum[c], j + 1 == kSteps ? V::first_of_pair(value) : value, tap[j]);
+          } else {
+            sum[c] = V::mac(sum[c], value, tap[j]);
+          }
         }
       }
     }
@@ -92,8 +101,6 @@ struct Depthwise {
         return nullptr;
     }
   }
-
-  static SPIN_INLINE bool has_row_tiles(int64_t kernel_size) { return kernel_size >= 3 && kernel_size <= 9; }
 
   // ---- any k: rows padded with zeros on both sides, tap by tap ----
 
@@ -140,10 +147,27 @@ struct Depthwise {
     return {a.scratch + pad * V::kLanes, first, (a.width + 2 * pad) * V::kLanes};
   }
 
+  // The same as units of two neighbours; what is left and right of the row is zero.
+  static Rows pair(const DepthwiseArgs& a, int64_t vector, int64_t first, int64_t last) {
+    alignas(64) static constexpr char kZeros[64] = {};
+    float* to = a.scratch;
+    const char* from = a.input + first * a.width * kLineBytes + vector * kVectorBytes;
+    for (int64_t row = first; row < last; ++row, from += a.width * kLineBytes) {
+      V::store(to, V::interleave(kZeros, from));
+      for (int64_t i = 1; i < a.width; ++i) {
+        V::store(to + i * V::kLanes, V::interleave(from + (i - 1) * kLineBytes, from + i * kLineBytes));
+      }
+      V::store(to + a.width * V::kLanes, V::interleave(from + (a.width - 1) * kLineBytes, kZeros));
+      to += (a.width + 1) * V::kLanes;
+    }
+    return {a.scratch + V::kLanes, first, (a.width + 1) * V::kLanes};
+  }
+
   template <Activation kActivation>
   static void rows(const DepthwiseArgs& a, const Rows& source, int64_t vector, int64_t first, int64_t last) {
     const int64_t k = a.kernel_size, pad = k / 2;
     const bool padded = !has_row_tiles(k);
+    const int64_t steps = padded ? k : ceil_div(k, kStep);  // in a row of taps
     const int64_t widest = padded ? 8 : V::kRowColumns;
     const int64_t tiles = ceil_div(a.width, widest), small = a.width / tiles, larger = a.width % tiles;
     const float* taps = a.taps + vector * k * k * V::kLanes;
@@ -156,7 +180,7 @@ struct Depthwise {
       for (int64_t row = first; row < last; ++row) {
         const int64_t top = row < pad ? 0 : row - pad, bottom = row + pad < a.height ? row + pad + 1 : a.height;
         const float* input = source.data + (top - source.first) * source.stride + column * V::kLanes;
-        const float* used = taps + (top + pad - row) * k * V::kLanes;
+        const float* used = taps + (top + pad - row) * steps * V::kLanes;
         if (padded) {
           padded_tile<8>(input - pad * V::kLanes, source.stride, k, bottom - top, used, bias, sums);
         } else {
@@ -183,7 +207,11 @@ struct Depthwise {
           Rows source{reinterpret_cast<const float*>(a.input), 0, a.width * V::kLanes};
           if (copy) {
             const int64_t top = first < pad ? 0 : first - pad, bottom = last + pad < a.height ? last + pad : a.height;
-            source = widen(a, vector, top, bottom, has_row_tiles(a.kernel_size) ? 0 : pad);
+            if constexpr (kStep == 2) {
+              source = has_row_tiles(a.kernel_size) ? pair(a, vector, top, bottom) : widen(a, vector, top, bottom, pad);
+            } else {
+              source = widen(a, vector, top, bottom, pad);
+            }
           }
           rows<decltype(activation)::value>(a, source, vector, first, last);
         }

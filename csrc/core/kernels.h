@@ -4,12 +4,13 @@
 // channels; the pixels of a plane are its tokens, row by row. What stands in channels past the last is
 // undefined (an infinity times a padding weight of zero is a NaN), and no kernel lets it reach another.
 //
-// Layout of a product's input ("panels"): tokens in groups of up to three vectors; inside a panel
-// one 4-byte unit of the channels (a float, or a pair of bf16) after the other, each with the panel's tokens
-// side by side: exactly the order in which the product reads them.
-//
-// Layout of a matrix ("rows"): row-major like PyTorch's, a row per output channel, in the element type of the
+// Layout of a plain matrix ("rows"): row-major like PyTorch's, a row per output channel, in the element type of the
 // operands, rows `row_stride` bytes apart. A row that does not fill its last unit is followed by a zero.
+//
+// Layout of the other operand of a product ("panels"): tokens in groups of up to three vectors; inside a panel
+// one 4-byte unit of the input channels (a float, or a pair of bf16) after the other, each with the panel's tokens
+// side by side: exactly the order in which the product reads them. Of a frozen network it is the matrices
+// that lie in panels, with output channels in the place of tokens.
 //
 // Operands of products have the element type of the chain, but in training with vdpbf16ps: there the chain is float32.
 #pragma once
@@ -17,9 +18,18 @@
 
 namespace spin {
 
-// One line of tokens into panels.
-struct PackTokensArgs {
+// The panels of some tokens, or of a matrix' rows: vectors are dealt out evenly.
+struct Panels {
+  int64_t vectors, count;
+  SPIN_INLINE Panels(int64_t tokens, int64_t lanes, int64_t panel_vectors)
+      : vectors(ceil_div(tokens, lanes)), count(ceil_div(vectors, panel_vectors)) {}
+  SPIN_INLINE int64_t begin(int64_t panel) const { return panel * vectors / count; }
+};
+
+// One line of tokens, or of rows, into panels.
+struct PackPanelsArgs {
   const char* input;  // first token of the line
+  int64_t stride;     // bytes from one token to the next
   int64_t tokens;
   int64_t line, lines;  // of the chain: which one, of how many
   char* panels;
@@ -43,9 +53,33 @@ struct ProductArgs {
   int64_t output_stride;
   int64_t tokens;
   Activation activation;
-  const char* prefetch;  // what this core reads next: brought to L2 while this vector is computed
+  const char* prefetch;  // what this core reads next: prefetched while this vector is computed
   int64_t prefetch_bytes;
 };
+
+// The same for a panel of output channels and tokens as they are.
+struct PanelProductArgs {
+  const char* panel;
+  int64_t input_channels;
+  int64_t first_vector, vectors;  // of the panel, counted over all output channels
+  const char* input;              // first line, first token
+  int64_t input_stride;           // bytes from one line to the next
+  const float* bias;              // these four point at the panel's first channel
+  const float* gain;
+  const float* scale;
+  const float* shift;
+  const char* residual;  // first line, first token; null: none
+  int64_t residual_stride;
+  char* output;  // first line, first token
+  int64_t output_stride;
+  int64_t tokens;
+  Activation activation;
+  const char* prefetch;
+  int64_t prefetch_bytes;
+};
+
+// Sizes with kernels of their own (depthwise.h).
+constexpr bool has_row_tiles(int64_t kernel_size) { return kernel_size >= 3 && kernel_size <= 9; }
 
 // out = residual + scale * act(depthwise(x) + bias) + shift, for one line of channels and some rows.
 struct DepthwiseArgs {
@@ -54,7 +88,7 @@ struct DepthwiseArgs {
   char* output;          // first_row of this line
   int64_t height, width, kernel_size;
   int64_t first_row, last_row;
-  const float* taps;  // [vector of the line][k * k][lane]
+  const float* taps;  // [vector of the line][k * k][lane]; row tiles of bf16 chains: units of two taps of a row
   const float* bias;  // these three point at the line's first channel
   const float* scale;
   const float* shift;
@@ -218,14 +252,16 @@ struct RepeatTile {
 struct Kernels {
   const char* name;
   int64_t lanes;          // channels in a vector
+  int64_t panel_vectors;  // in a panel, at most
   int64_t line_channels;  // channels in a line
   int64_t line_bytes;
   DType chain;         // element type of the activations between blocks
   DType operand = {};  // of matrices and panels
   void (*product)(const ProductArgs&) = nullptr;
+  void (*panel_product)(const PanelProductArgs&) = nullptr;  // null where operands are not the chain's
   void (*depthwise)(const DepthwiseArgs&);
   int64_t (*depthwise_scratch)(int64_t height, int64_t width, int64_t kernel_size);
-  void (*pack_tokens)(const PackTokensArgs&) = nullptr;
+  void (*pack_panels)(const PackPanelsArgs&) = nullptr;
   void (*pack_rows)(const PackRowsArgs&) = nullptr;
   // (channels, area) filters -> DepthwiseArgs::taps, for all lines
   void (*pack_taps)(const char* source, DType type, int64_t channels, int64_t area, float* taps);

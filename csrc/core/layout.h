@@ -167,7 +167,7 @@ struct Layout {
     }
   }
 
-  // Filters (channels, area) as taps [vector][area][lane], zero for channels past the last.
+  // Filters (channels, area) as taps (DepthwiseArgs), zero for channels past the last.
   static void pack_taps(const char* source, DType type, int64_t channels, int64_t area, float* taps) {
     const int64_t size = size_of(type);
     for (int64_t channel = 0; channel < round_up(channels, kLineChannels); channel += kLanes, taps += area * kLanes) {
@@ -187,6 +187,22 @@ struct Layout {
         }
         V::transpose(block);
         for (int64_t i = 0; i < smaller(kLanes, area - column); ++i) V::store(taps + (column + i) * kLanes, block[i]);
+      }
+      if constexpr (V::kLineVectors == 2) {
+        for (int64_t size = 3; has_row_tiles(size); size += 2) {
+          if (size * size == area) pair_taps(taps, size);
+        }
+      }
+    }
+  }
+
+  // Of a vector of filters, in place: units of two taps of a row, the last with zero.
+  static void pair_taps(float* taps, int64_t size) {
+    float* to = taps;
+    for (int64_t row = 0; row < size; ++row, taps += size * kLanes) {
+      for (int64_t j = 0; j < size; j += 2, to += kLanes) {
+        const F pair[] = {V::load(taps + j * kLanes), j + 1 < size ? V::load(taps + (j + 1) * kLanes) : V::zero()};
+        V::store(to, V::interleave(pair));
       }
     }
   }

@@ -4,12 +4,14 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "workspace.h"
+
 namespace spin {
 
 // ---- layout of the packed memory ----
 
-Network::Network(const Kernels& kernels, NetworkShape shape, int64_t slots)
-    : kernels_(&kernels), shape_(std::move(shape)) {
+Network::Network(const Kernels& kernels, NetworkShape shape, int64_t slots, MatrixForm form)
+    : kernels_(&kernels), shape_(std::move(shape)), form_(form) {
   const NetworkShape& s = shape_;
   const int64_t channels = padded(s.channels);
   auto place = [&](int64_t bytes) {
@@ -32,6 +34,10 @@ Network::Network(const Kernels& kernels, NetworkShape shape, int64_t slots)
 }
 
 int64_t Network::row_stride(int64_t inputs) const { return round_up(inputs * size_of(kernels_->operand), kCacheLine); }
+
+int64_t Network::matrix_bytes(int64_t inputs, int64_t outputs) const {
+  return form_ == MatrixForm::kRows ? outputs * row_stride(inputs) : vectors(outputs) * vector_bytes(inputs);
+}
 
 // ---- packing ----
 
@@ -79,20 +85,43 @@ void Network::pack_parameters(const MixerWeights& w, int64_t item) const {
   copy_vector(offset(w.pw_gain, d * channels), channels, 1.f, stride, floats(pw_gain_) + d * stride);
 }
 
-void Network::pack_rows(const MixerWeights& w, int64_t matrix, int64_t slot, int64_t vector) const {
-  const int64_t channels = shape_.channels, first = vector * kernels_->lanes, stride = row_stride(channels);
+// The rows of a whole matrix in, one panel of it out.
+void Network::pack_panel(PackRowsArgs rows, int64_t panel, char* matrix) const {
+  const Panels panels = this->panels(rows.rows);
+  const int64_t lanes = kernels_->lanes, lines = this->lines(rows.columns), first = panels.begin(panel) * lanes;
+  rows.source += first * rows.columns * size_of(rows.type);
+  rows.rows = std::min(panels.begin(panel + 1) * lanes, rows.rows) - first;
+  rows.row_stride = row_stride(rows.columns);
+  Workspace copy(rows.rows * rows.row_stride);
+  rows.to = copy.data();
+  kernels_->pack_rows(rows);
+  for (int64_t line = 0; line < lines; ++line) {
+    kernels_->pack_panels({copy.data() + line * kernels_->line_bytes, rows.row_stride, rows.rows, line, lines,
+                           matrix + panels.begin(panel) * vector_bytes(rows.columns)});
+  }
+}
+
+void Network::pack_matrix(const MixerWeights& w, int64_t matrix, int64_t slot, int64_t item) const {
+  const int64_t channels = shape_.channels;
   const bool composed = w.pw_coefficients != nullptr;
-  kernels_->pack_rows({
-      .source = offset(w.pw_weight, w.type, ((composed ? 0 : matrix) * channels + first) * channels),
+  char* to = at(matrices_) + slot * matrix_bytes(channels, channels);
+  PackRowsArgs rows{
+      .source = offset(w.pw_weight, w.type, composed ? 0 : matrix * channels * channels),
       .type = w.type,
       .templates = composed ? w.templates : 1,
       .template_stride = channels * channels,
       .coefficients = composed ? w.pw_coefficients + matrix * w.templates : nullptr,
-      .rows = std::min(kernels_->lanes, channels - first),
+      .rows = channels,
       .columns = channels,
-      .to = at(matrices_) + (slot * channels + first) * stride,
-      .row_stride = stride,
-  });
+      .to = to,
+      .row_stride = row_stride(channels),
+  };
+  if (form_ == MatrixForm::kPanels) return pack_panel(rows, item, to);
+  const int64_t first = item * kernels_->lanes;
+  rows.source += first * channels * size_of(w.type);
+  rows.rows = std::min(kernels_->lanes, channels - first);
+  rows.to += first * rows.row_stride;
+  kernels_->pack_rows(rows);
 }
 
 void Network::pack_ends(const EndWeights& w) const {
@@ -110,7 +139,7 @@ void Network::pack_ends(const EndWeights& w) const {
     copy_vector(nullptr, end.outputs, 1.f, stride, to + stride);
     copy_vector(end.affine, end.outputs, 1.f, stride, to + 2 * stride);
     copy_vector(offset(end.affine, end.outputs), end.outputs, 0.f, stride, to + 3 * stride);
-    kernels_->pack_rows({
+    const PackRowsArgs rows{
         .source = end.weight,
         .type = shape_.type,
         .templates = 1,
@@ -118,9 +147,10 @@ void Network::pack_ends(const EndWeights& w) const {
         .coefficients = nullptr,
         .rows = end.outputs,
         .columns = end.inputs,
-        .to = at(end.matrix),
-        .row_stride = row_stride(end.inputs),
-    });
+        .to = nullptr,
+        .row_stride = 0,
+    };
+    for (int64_t panel = 0; panel < panels(end.outputs).count; ++panel) pack_panel(rows, panel, at(end.matrix));
   }
 }
 
@@ -136,7 +166,7 @@ Network::Depthwise Network::depthwise(int64_t block, int64_t line) const {
 Pointwise Network::pointwise(int64_t block, int64_t slot) const {
   const int64_t channels = shape_.channels, stride = padded(channels);
   return {at(matrices_) + slot * matrix_bytes(channels, channels),
-          row_stride(channels),
+          form_ == MatrixForm::kRows ? row_stride(channels) : 0,
           channels,
           channels,
           floats(pw_bias_) + shape_.pw_index[block] * stride,
@@ -148,7 +178,7 @@ Pointwise Network::pointwise(int64_t block, int64_t slot) const {
 Pointwise Network::pointwise(int64_t block, const MixerWeights& w) const {
   Pointwise p = pointwise(block, 0);
   p.row_stride = shape_.channels * size_of(w.type);
-  p.rows = w.pw_weight + shape_.pw_index[block] * shape_.channels * p.row_stride;
+  p.matrix = w.pw_weight + shape_.pw_index[block] * shape_.channels * p.row_stride;
   return p;
 }
 
@@ -159,15 +189,13 @@ bool Network::reads(const Kernels& kernels, const NetworkShape& shape, const Mix
 Pointwise Network::stem() const {
   const int64_t stride = padded(shape_.channels);
   const float* v = floats(stem_vectors_);
-  return {at(stem_),     row_stride(patch_inputs()), patch_inputs(), shape_.channels, v, v + stride, v + 2 * stride,
-          v + 3 * stride};
+  return {at(stem_), 0, patch_inputs(), shape_.channels, v, v + stride, v + 2 * stride, v + 3 * stride};
 }
 
 Pointwise Network::head() const {
   const int64_t stride = padded(shape_.classes);
   const float* v = floats(head_vectors_);
-  return {at(head_),     row_stride(shape_.channels), shape_.channels, shape_.classes, v, v + stride, v + 2 * stride,
-          v + 3 * stride};
+  return {at(head_), 0, shape_.channels, shape_.classes, v, v + stride, v + 2 * stride, v + 3 * stride};
 }
 
 // ---- blobs ----
@@ -183,7 +211,7 @@ struct BlobHeader {
   int64_t activation, pw_residual, type;
   // followed by dw_index, pw_index
 };
-constexpr char kMagic[8] = {'S', 'P', 'I', 'N', 'P', 'K', '0', '2'};
+constexpr char kMagic[8] = {'S', 'P', 'I', 'N', 'P', 'K', '0', '3'};
 
 int64_t header_bytes(int64_t depth) { return round_up(int64_t(sizeof(BlobHeader)) + 2 * depth * 8, kCacheLine); }
 
@@ -265,7 +293,7 @@ Network open_blob(char* blob, int64_t bytes) {
   }
   const std::vector<std::string> isas = available_isas();
   if (std::find(isas.begin(), isas.end(), h.isa) == isas.end()) refuse("weights packed for another processor");
-  Network network(select_kernels(s.type, h.isa), std::move(s), h.matrices);
+  Network network(select_kernels(s.type, h.isa), std::move(s), h.matrices, MatrixForm::kPanels);
   if (h.bytes != bytes || blob_bytes(network) != bytes) refuse("a wrong number of bytes");
   network.bind(blob + header_bytes(h.depth));
   return network;

@@ -39,10 +39,13 @@ struct EndWeights {
   const char *head_weight, *head_bias;
 };
 
+// How the matrices in a network's memory lie (kernels.h).
+enum class MatrixForm { kRows, kPanels };
+
 // A matrix with the four vectors of its epilogue.
 struct Pointwise {
-  const char* rows;
-  int64_t row_stride;  // bytes
+  const char* matrix;
+  int64_t row_stride;  // bytes; 0: panels
   int64_t input_channels, output_channels;
   const float *bias, *gain, *scale, *shift;
 };
@@ -50,13 +53,16 @@ struct Pointwise {
 class Network {
  public:
   // With `slots` places for pointwise matrices: shape.matrices of them, or fewer that are used in turn.
-  Network(const Kernels& kernels, NetworkShape shape, int64_t slots);
+  Network(const Kernels& kernels, NetworkShape shape, int64_t slots, MatrixForm form);
 
   const Kernels& kernels() const { return *kernels_; }
   const NetworkShape& shape() const { return shape_; }
   int64_t bytes() const { return bytes_; }
   int64_t row_stride(int64_t inputs) const;
-  int64_t matrix_bytes(int64_t inputs, int64_t outputs) const { return outputs * row_stride(inputs); }
+  int64_t matrix_bytes(int64_t inputs, int64_t outputs) const;
+  // Of panels: a vector of output channels with all its inputs, and what a product takes at once.
+  int64_t vector_bytes(int64_t inputs) const { return lines(inputs) * kernels_->lanes * kernels_->line_bytes; }
+  Panels panels(int64_t outputs) const { return {outputs, kernels_->lanes, kernels_->panel_vectors}; }
   int64_t lines(int64_t channels) const { return ceil_div(channels, kernels_->line_channels); }
   int64_t vectors(int64_t channels) const { return ceil_div(channels, kernels_->lanes); }
   int64_t patch_inputs() const { return shape_.in_channels * shape_.patch * shape_.patch; }
@@ -64,10 +70,13 @@ class Network {
   // `memory`: bytes() of it, 64-byte aligned; outlives the network's use.
   void bind(char* memory) { memory_ = memory; }
 
-  // Packing, in independent items: everything but the matrices, and a matrix by vectors of output channels.
+  // Packing, in independent items: everything but the matrices, and parts of a matrix.
   int64_t parameter_items() const { return shape_.filters + shape_.depth + shape_.matrices; }
   void pack_parameters(const MixerWeights& weights, int64_t item) const;
-  void pack_rows(const MixerWeights& weights, int64_t matrix, int64_t slot, int64_t vector) const;
+  int64_t matrix_items() const {
+    return form_ == MatrixForm::kRows ? vectors(shape_.channels) : panels(shape_.channels).count;
+  }
+  void pack_matrix(const MixerWeights& weights, int64_t matrix, int64_t slot, int64_t item) const;
   void pack_ends(const EndWeights& weights) const;
 
   // Reading.
@@ -86,10 +95,12 @@ class Network {
  private:
   char* at(int64_t offset) const { return memory_ + offset; }
   float* floats(int64_t offset) const { return reinterpret_cast<float*>(memory_ + offset); }
+  void pack_panel(PackRowsArgs rows, int64_t panel, char* matrix) const;
   int64_t padded(int64_t channels) const { return round_up(channels, kernels_->line_channels); }
 
   const Kernels* kernels_;
   NetworkShape shape_;
+  MatrixForm form_;
   char* memory_ = nullptr;
   int64_t bytes_ = 0;
   // Offsets in bytes.

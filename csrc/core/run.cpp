@@ -3,6 +3,11 @@
 //     depthwise: a line of x -> the same line of y, and from there into the panels that the product reads
 //     pointwise: all panels -> a line of x
 //
+// A frozen network has its matrices in panels and reads y as it is (product.h):
+//
+//     depthwise: a line of x -> the same line of y
+//     pointwise: all of y -> a panel's channels of x
+//
 // y stays in the L2 of the thread that uses it. Images are taken in groups, as many as it takes to fill the vectors
 // of tokens and to read a matrix for 256 of them (four images of 7 x 7, one of 16 x 16); their planes lie side by side
 // in a line, so that a product sees one long row of tokens.
@@ -10,7 +15,8 @@
 //  - A batch: every thread takes a group at a time through all blocks; nothing waits for anything.
 //  - Groups left over (fewer than threads): the threads share one group, a line each, a phase per block: the pointwise
 //    of block d for a line, then the depthwise of block d + 1 for the same line, which needs no other. The two
-//    kinds of panels alternate, so that one barrier per block is enough.
+//    kinds of panels alternate, so that one barrier per block is enough. (Frozen: the channels of a panel are no whole
+//    lines, so both have a phase of their own.)
 //  - Images too large for their y to stay in L2: bands of rows, one after the other or shared. x alternates between two
 //    buffers then, because the neighbours still read the old one. A shared image whose matrices are small
 //    is cut into bands too, if that costs no vectors of tokens.
@@ -39,6 +45,7 @@ namespace {
 
 constexpr int64_t kPackedBytes = 4 << 20;  // of compositions that are summed ahead of their use
 constexpr int64_t kGroupTokens = 256;      // of small images together: weights are read once for all of them
+constexpr int64_t kSkewedTokens = 8;       // a tile's
 constexpr int64_t kSmallMatrix = 1 << 20;  // an L2 keeps it beside the rest
 
 // What happens to a group, one step after the other. Items of a step are independent of each other.
@@ -47,7 +54,7 @@ struct Step {
     kLoad,       // items: lines
     kEmbed,      // bands of every image
     kDepthwise,  // lines
-    kPointwise,  // lines
+    kPointwise,  // lines; frozen: panels
     kFused,      // lines: kPointwise, then the next block's kDepthwise
     kBand,       // bands: a block whole
     kStore,      // lines
@@ -61,8 +68,8 @@ struct Group {
   int64_t first, count;
   bool shared;      // by all threads
   char* x[2];       // one twice without bands
-  char* y;          // where a residual reads it again
-  char* panels[2];  // of blocks with even and odd numbers; one twice unless shared
+  char* y;          // frozen, or where a residual reads it again
+  char* panels[2];  // of blocks with even and odd numbers; one twice unless shared. Frozen: none
 };
 
 class Runner {
@@ -76,6 +83,8 @@ class Runner {
         plan_(std::move(plan)),
         batch_(batch),
         parallel_(parallel) {
+    frozen_ = !weights_;
+    keeps_y_ = frozen_ || shape_.pw_residual;
     plain_ = weights_ && !weights_->pw_coefficients;
     converted_ = plain_ && !Network::reads(net_.kernels(), shape_, *weights_);
     height_ = shape_.whole() ? grid(batch.input.height) : batch.input.height;
@@ -90,7 +99,7 @@ class Runner {
     group_ = std::clamp<int64_t>(fitting, 1, std::max<int64_t>(fair, 1));
     groups_ = ceil_div(batch.size, group_);
     alone_ = groups_ / threads_ * threads_;
-    line_bytes_ = group_ * plane_bytes_;
+    line_bytes_ = line_stride(group_ * plane_bytes_);
     const int64_t sharers = alone_ < groups_ ? threads_ : 1;
     bands_ = ceil_div(image_bytes, band_bytes());
     if (bands_ > 1 || (alone_ == 0 && group_ == 1 && bands_are_free())) {
@@ -150,14 +159,15 @@ class Runner {
 
   std::vector<Step> steps(const Segment& segment, bool shared) const {
     std::vector<Step> steps;
+    const bool fused = shared && !frozen_;
     if (segment.first_block == 0) steps.push_back({shape_.whole() ? Step::kEmbed : Step::kLoad, 0});
     for (int64_t block = segment.first_block; block < segment.last_block; ++block) {
       if (bands_ > 1) {
         steps.push_back({Step::kBand, block});
         continue;
       }
-      if (!shared || block == segment.first_block) steps.push_back({Step::kDepthwise, block});
-      steps.push_back({shared && block + 1 < segment.last_block ? Step::kFused : Step::kPointwise, block});
+      if (!fused || block == segment.first_block) steps.push_back({Step::kDepthwise, block});
+      steps.push_back({fused && block + 1 < segment.last_block ? Step::kFused : Step::kPointwise, block});
     }
     if (segment.last_block == shape_.depth) {
       steps.push_back({shape_.whole() ? Step::kPool : Step::kStore, shape_.depth});
@@ -167,15 +177,16 @@ class Runner {
 
   // ---- memory ----
 
+  // From one line to the next. A power of two would map the same tokens of all lines to a few sets of L1.
+  int64_t line_stride(int64_t bytes) const { return bytes + kSkewedTokens * k_.line_bytes; }
+
   int64_t measure(int64_t places) {
     x_bytes_ = lines_ * line_bytes_;
     x_count_ = bands_ > 1 ? 2 : 1;
-    const int64_t tokens = group_ * ceil_div(height_, bands_) * width_, images = shape_.whole() ? batch_.size : 0;
+    const int64_t tokens = group_ * ceil_div(height_, bands_) * width_;
     const int64_t patch_lines = shape_.whole() ? net_.lines(net_.patch_inputs()) : 0;
-    y_bytes_ = std::max(shape_.pw_residual ? lines_ : 1, patch_lines) * tokens * k_.line_bytes;
-    panels_bytes_ =
-        std::max(std::max(lines_, patch_lines) * round_up(tokens, k_.lanes), lines_ * round_up(images, k_.lanes)) *
-        k_.line_bytes;
+    y_bytes_ = std::max(keeps_y_ ? lines_ : 1, patch_lines) * line_stride(tokens * k_.line_bytes);
+    panels_bytes_ = frozen_ ? 0 : lines_ * round_up(tokens, k_.lanes) * k_.line_bytes;
     scratch_bytes_ = round_up(k_.depthwise_scratch(height_, width_, shape_.kernel_size) * 4, kCacheLine);
     rows_bytes_ = converted_ ? k_.lanes * net_.row_stride(shape_.channels) : 0;
     packed_bytes_ = weights_ ? round_up(net_.bytes(), kCacheLine) : 0;
@@ -202,11 +213,11 @@ class Runner {
 
   void pack(Team& team, int thread, int64_t phase, const Segment& segment) const {
     const int64_t parameters = segment.first_block == 0 ? net_.parameter_items() : 0;
-    const int64_t vectors = net_.vectors(shape_.channels);
-    team.phase(thread, phase, parameters + int64_t(segment.packings.size()) * vectors, [&](int64_t item) {
+    const int64_t parts = net_.matrix_items();
+    team.phase(thread, phase, parameters + int64_t(segment.packings.size()) * parts, [&](int64_t item) {
       if (item < parameters) return net_.pack_parameters(*weights_, item);
-      const Segment::Packing& p = segment.packings[(item - parameters) / vectors];
-      net_.pack_rows(*weights_, p.matrix, p.slot, (item - parameters) % vectors);
+      const Segment::Packing& p = segment.packings[(item - parameters) / parts];
+      net_.pack_matrix(*weights_, p.matrix, p.slot, (item - parameters) % parts);
     });
   }
 
@@ -228,6 +239,8 @@ class Runner {
         return group.count * embedding_bands(group);
       case Step::kBand:
         return bands_;
+      case Step::kPointwise:
+        return frozen_ ? net_.panels(shape_.channels).count : lines_;
       default:
         return lines_;
     }
@@ -279,26 +292,27 @@ class Runner {
   void embed(int64_t item, const Group& group, int thread) const {
     const int64_t bands = embedding_bands(group), image = item / bands;
     const Band band = this->band(item % bands, bands);
-    char *patches = y_ + thread * y_bytes_, *panels = panels_ + thread * panels_bytes_;
+    char* patches = y_ + thread * y_bytes_;
+    const int64_t stride = line_stride(band.bytes);
     k_.load_patches({input(group.first + image), shape_.patch, shape_.patch_stride, shape_.patch_padding, width_,
-                     band.first_row, band.last_row, patches, band.bytes});
-    const int64_t lines = net_.lines(net_.patch_inputs());
-    for (int64_t line = 0; line < lines; ++line) {
-      k_.pack_tokens({patches + line * band.bytes, band.tokens, line, lines, panels});
-    }
+                     band.first_row, band.last_row, patches, stride});
     const Pointwise stem = net_.stem();
     char* x = group.x[0] + image * plane_bytes_ + band.offset;
-    product(stem, stem, {panels, band.tokens, nullptr, 0, x, line_bytes_, shape_.activation}, thread);
+    product(stem, stem, {patches, stride, band.tokens, nullptr, 0, x, line_bytes_, shape_.activation}, thread);
   }
 
-  // A line of y, of all rows of all images, and its place in the panels.
+  // A line of y, of all rows of all images, and its place in the panels if there are any.
   void depthwise(int64_t d, int64_t line, const Group& group, int thread) const {
-    char* y = shape_.pw_residual ? group.y + line * line_bytes_ : y_ + thread * y_bytes_;
+    char* y = keeps_y_ ? group.y + line * line_bytes_ : y_ + thread * y_bytes_;
     for (int64_t i = 0; i < group.count; ++i) {
       depthwise(d, line, {0, height_, height_ * width_, plane_bytes_, 0},
                 group.x[0] + line * line_bytes_ + i * plane_bytes_, y + i * plane_bytes_, thread);
     }
-    k_.pack_tokens({y, group.count * height_ * width_, line, lines_, group.panels[d & 1]});
+    pack_panels(y, group.count * height_ * width_, line, group.panels[d & 1]);
+  }
+
+  void pack_panels(const char* y, int64_t tokens, int64_t line, char* panels) const {
+    if (!frozen_) k_.pack_panels({y, k_.line_bytes, tokens, line, lines_, panels});
   }
 
   void depthwise(int64_t d, int64_t line, const Band& band, const char* x, char* y, int thread) const {
@@ -307,33 +321,36 @@ class Runner {
                   w.shift, shape_.activation, reinterpret_cast<float*>(scratch_ + thread * scratch_bytes_)});
   }
 
-  // A line of x, of all tokens.
-  void pointwise(int64_t d, int64_t line, const Group& group, int thread) const {
-    const Operands operands{group.panels[d & 1],
+  // A line of x, frozen the channels of a panel, of all tokens.
+  void pointwise(int64_t d, int64_t item, const Group& group, int thread) const {
+    const Operands operands{frozen_ ? group.y : group.panels[d & 1],
+                            line_bytes_,
                             group.count * height_ * width_,
                             shape_.pw_residual ? group.y : nullptr,
                             line_bytes_,
                             group.x[0],
                             line_bytes_,
                             shape_.activation};
+    if (frozen_) return run_panel(matrix(d), next_matrix(d), item, operands, group.shared ? threads_ : 1, thread);
     const int64_t per_line = k_.line_channels / k_.lanes, vectors = net_.vectors(shape_.channels);
-    for (int64_t v = line * per_line; v < std::min((line + 1) * per_line, vectors); ++v) {
+    for (int64_t v = item * per_line; v < std::min((item + 1) * per_line, vectors); ++v) {
       run_vector(matrix(d), next_matrix(d), v, operands, thread);
     }
   }
 
   void block(int64_t d, int64_t item, const Group& group, int thread) const {
     const Band band = this->band(item, bands_);
+    const int64_t stride = line_stride(band.bytes);
     const char* x = group.x[d & 1];
     char *y = y_ + thread * y_bytes_, *panels = panels_ + thread * panels_bytes_;
     for (int64_t line = 0; line < lines_; ++line) {
-      char* y_line = shape_.pw_residual ? y + line * band.bytes : y;
+      char* y_line = keeps_y_ ? y + line * stride : y;
       depthwise(d, line, band, x + line * line_bytes_, y_line, thread);
-      k_.pack_tokens({y_line, band.tokens, line, lines_, panels});
+      pack_panels(y_line, band.tokens, line, panels);
     }
     product(matrix(d), next_matrix(d),
-            {panels, band.tokens, shape_.pw_residual ? y : nullptr, band.bytes, group.x[(d + 1) & 1] + band.offset,
-             line_bytes_, shape_.activation},
+            {frozen_ ? y : panels, stride, band.tokens, shape_.pw_residual ? y : nullptr, stride,
+             group.x[(d + 1) & 1] + band.offset, line_bytes_, shape_.activation},
             thread);
   }
 
@@ -343,7 +360,8 @@ class Runner {
   Pointwise next_matrix(int64_t d) const { return matrix(std::min(d + 1, shape_.depth - 1)); }
 
   struct Operands {
-    const char* panels;
+    const char* input;     // panels; frozen: lines
+    int64_t input_stride;  // of lines
     int64_t tokens;
     const char* residual;
     int64_t residual_stride;
@@ -354,7 +372,40 @@ class Runner {
 
   // All rows of a matrix; `next` is the one that this thread reads after it.
   void product(const Pointwise& w, const Pointwise& next, const Operands& o, int thread) const {
-    for (int64_t vector = 0; vector < net_.vectors(w.output_channels); ++vector) run_vector(w, next, vector, o, thread);
+    const int64_t parts = frozen_ ? net_.panels(w.output_channels).count : net_.vectors(w.output_channels);
+    for (int64_t part = 0; part < parts; ++part) {
+      frozen_ ? run_panel(w, next, part, o, 1, 0) : run_vector(w, next, part, o, thread);
+    }
+  }
+
+  // A panel of a frozen matrix, one of those that `threads` share.
+  void run_panel(const Pointwise& w, const Pointwise& next, int64_t item, const Operands& o, int threads,
+                 int thread) const {
+    const Panels panels = net_.panels(w.output_channels);
+    const int64_t bytes = net_.vector_bytes(w.input_channels), first = panels.begin(item);
+    auto own = [&](int64_t thread) { return panels.count * thread / threads; };
+    const bool last = item + 1 == own(thread + 1);
+    const int64_t ahead = last ? own(thread) : std::min(item + 1, panels.count - 1);
+    k_.panel_product({
+        .panel = w.matrix + first * bytes,
+        .input_channels = w.input_channels,
+        .first_vector = first,
+        .vectors = panels.begin(item + 1) - first,
+        .input = o.input,
+        .input_stride = o.input_stride,
+        .bias = w.bias + first * k_.lanes,
+        .gain = w.gain + first * k_.lanes,
+        .scale = w.scale + first * k_.lanes,
+        .shift = w.shift + first * k_.lanes,
+        .residual = o.residual,
+        .residual_stride = o.residual_stride,
+        .output = o.out,
+        .output_stride = o.out_stride,
+        .tokens = o.tokens,
+        .activation = o.activation,
+        .prefetch = (last ? next : w).matrix + panels.begin(ahead) * bytes,
+        .prefetch_bytes = (panels.begin(ahead + 1) - panels.begin(ahead)) * bytes,
+    });
   }
 
   void run_vector(const Pointwise& w, const Pointwise& next, int64_t vector, const Operands& o, int thread) const {
@@ -362,7 +413,7 @@ class Runner {
     const bool last = after >= w.output_channels;
     const Pointwise& ahead = last ? next : w;
     const int64_t first_ahead = last ? 0 : after, rows = std::min(k_.lanes, w.output_channels - channel);
-    const char* weights = w.rows + channel * w.row_stride;
+    const char* weights = w.matrix + channel * w.row_stride;
     int64_t row_stride = w.row_stride;
     if (converted_) {
       char* to = rows_ + thread * rows_bytes_;
@@ -371,7 +422,7 @@ class Runner {
       weights = to;
     }
     k_.product({
-        .panels = o.panels,
+        .panels = o.input,
         .input_channels = w.input_channels,
         .weights = weights,
         .row_stride = row_stride,
@@ -387,7 +438,7 @@ class Runner {
         .output_stride = o.out_stride,
         .tokens = o.tokens,
         .activation = o.activation,
-        .prefetch = ahead.rows + first_ahead * ahead.row_stride,
+        .prefetch = ahead.matrix + first_ahead * ahead.row_stride,
         .prefetch_bytes = std::min(k_.lanes, ahead.output_channels - first_ahead) * ahead.row_stride,
     });
   }
@@ -396,12 +447,9 @@ class Runner {
   void classify(Team& team, int thread, int64_t phase) const {
     const Pointwise w = net_.head();
     const int64_t stride = batch_.size * k_.line_bytes;
-    char* panels = panels_ + thread * panels_bytes_;
-    for (int64_t line = 0; line < lines_; ++line) {
-      k_.pack_tokens({pooled_ + line * stride, batch_.size, line, lines_, panels});
-    }
-    team.phase(thread, phase, net_.vectors(shape_.classes), [&](int64_t vector) {
-      run_vector(w, w, vector, {panels, batch_.size, nullptr, 0, logits_, stride, Activation::kIdentity}, thread);
+    team.phase(thread, phase, net_.panels(shape_.classes).count, [&](int64_t panel) {
+      run_panel(w, w, panel, {pooled_, stride, batch_.size, nullptr, 0, logits_, stride, Activation::kIdentity},
+                threads_, thread);
     });
     External to = batch_.output;
     to.channels = shape_.classes, to.height = 1, to.width = batch_.size;
@@ -431,6 +479,7 @@ class Runner {
   int64_t height_, width_, lines_, bands_;
   int64_t group_, groups_, alone_;  // images in a group; groups; those that a thread takes alone
   int threads_;
+  bool frozen_, keeps_y_;                     // matrices lie in panels; all lines of y are needed at once
   bool plain_, converted_;                    // matrices are read where they are; and are of another type
   int64_t plane_bytes_ = 0, line_bytes_ = 0;  // of an image and of a group, in one line of channels
   int64_t panels_bytes_ = 0, rows_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0;
@@ -482,13 +531,13 @@ void run_packed(Network& network, const Batch& batch, const Parallel& parallel) 
 void run_unpacked(const Kernels& kernels, NetworkShape shape, const MixerWeights& weights, const Batch& batch,
                   const Parallel& parallel) {
   if (batch.size == 0) return;
-  const Network measure(kernels, shape, 0);
+  const Network measure(kernels, shape, 0, MatrixForm::kRows);
   PackingPlan plan{{{0, shape.depth, {}}}, std::vector<int64_t>(shape.depth, 0), 0};
   if (weights.pw_coefficients) {
     plan = plan_packing(shape.pw_index,
                         std::max<int64_t>(kPackedBytes / measure.matrix_bytes(shape.channels, shape.channels), 1));
   }
-  Network network(kernels, std::move(shape), plan.slots);
+  Network network(kernels, std::move(shape), plan.slots, MatrixForm::kRows);
   Runner(network, &weights, std::move(plan), batch, parallel)();
 }
 

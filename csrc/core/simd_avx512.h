@@ -9,7 +9,7 @@ namespace spin {
 struct Avx512 {
   using F = __m512;
   static constexpr int kLanes = 16;
-  static constexpr int kTogether = 1;  // in an activation (several.h); more was not measured here
+  static constexpr int kTogether = 1;  // in an activation (several.h)
   static constexpr int kPanelVectors = 3;
   static constexpr int kTileRows = 8;     // 24 accumulators + 3 inputs + broadcasts
   static constexpr int kTileSteps = 4;    // unrolled
@@ -132,10 +132,16 @@ struct Avx512Bf16 : Avx512 {
   }
   static SPIN_INLINE F to_units(const F* line) { return reinterpret_cast<F>(_mm512_cvtne2ps_pbh(line[1], line[0])); }
   // Two tokens of a vector of channels, one unit per channel.
-  static SPIN_INLINE F interleave(const F* tokens) {
+  static SPIN_INLINE F interleave(F tokens) {
     const __m512i low = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(low, _mm512_castps_si512(to_units(tokens))));
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(low, _mm512_castps_si512(tokens)));
+  }
+  static SPIN_INLINE F interleave(const F* tokens) { return interleave(to_units(tokens)); }
+  static SPIN_INLINE F interleave(const void* first, const void* second) {  // of the chain
+    const __m512i low = _mm512_castsi256_si512(_mm256_loadu_si256(static_cast<const __m256i*>(first)));
+    const __m256i high = _mm256_loadu_si256(static_cast<const __m256i*>(second));
+    return interleave(_mm512_castsi512_ps(_mm512_inserti64x4(low, high, 1)));
   }
 };
 #endif

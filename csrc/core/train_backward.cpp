@@ -238,7 +238,7 @@ class Backward : Training {
         c = plane(thread, 1);
         k_.transform({plain, kZeros, gain, kZeros, nullptr, c});
       }
-      pack_tokens(c, line, tokens, panels_);
+      pack_panels(c, line, tokens, panels_);
       float* y = place_for(y_, tokens);
       const float* x = some_of(input, tokens, plane(thread, 1));
       transform(activated(Stage::kDepthwise, d, line, tokens), n, x, y);
@@ -303,7 +303,7 @@ class Backward : Training {
 
   void transpose(int64_t d, int64_t line) const {
     const Pointwise w = matrix(d);
-    k_.transpose({w.rows, w.row_stride, shape_.channels, shape_.channels, line * lanes_,
+    k_.transpose({w.matrix, w.row_stride, shape_.channels, shape_.channels, line * lanes_,
                   transposed_ + line * lanes_ * transposed_stride_, transposed_stride_});
   }
 
@@ -347,7 +347,7 @@ class Backward : Training {
         double product = 0;
         for (int64_t i = 0; i < channels; ++i) {
           sum[i] += w.gain[o] * row[i];
-          product += double(load_scalar(w.rows + o * w.row_stride, k_.operand, i)) * row[i];
+          product += double(load_scalar(w.matrix + o * w.row_stride, k_.operand, i)) * row[i];
         }
         if (out_.pw_gain) out_.pw_gain[d * channels + o] = float(product);
       }

@@ -56,7 +56,7 @@ class Training {
         shape_(call.shape),
         composed_(call.weights.pw_coefficients != nullptr),
         in_place_(Network::reads(kernels, call.shape, call.weights)),
-        net_(kernels, call.shape, in_place_ ? 0 : call.shape.matrices),
+        net_(kernels, call.shape, in_place_ ? 0 : call.shape.matrices, MatrixForm::kRows),
         lanes_(kernels.lanes),
         lines_(net_.lines(shape_.channels)),
         height_(call.input.height),
@@ -101,13 +101,13 @@ class Training {
   // ---- parameters ----
 
   int64_t packing_items() const {
-    return net_.parameter_items() + (in_place_ ? 0 : shape_.matrices * net_.vectors(shape_.channels));
+    return net_.parameter_items() + (in_place_ ? 0 : shape_.matrices * net_.matrix_items());
   }
   void pack(int64_t item) const {
-    const int64_t parameters = net_.parameter_items(), vectors = net_.vectors(shape_.channels);
+    const int64_t parameters = net_.parameter_items(), parts = net_.matrix_items();
     if (item < parameters) return net_.pack_parameters(call_.weights, item);
-    const int64_t matrix = (item - parameters) / vectors;
-    net_.pack_rows(call_.weights, matrix, matrix, (item - parameters) % vectors);
+    const int64_t matrix = (item - parameters) / parts;
+    net_.pack_matrix(call_.weights, matrix, matrix, (item - parameters) % parts);
   }
   Pointwise matrix(int64_t d) const {
     return in_place_ ? net_.pointwise(d, call_.weights) : net_.pointwise(d, shape_.pw_index[d]);
@@ -196,8 +196,8 @@ class Training {
 
   // ---- kernels ----
 
-  void pack_tokens(const float* band, int64_t line, const Tokens& tokens, char* panels) const {
-    k_.pack_tokens({reinterpret_cast<const char*>(band), tokens.count, line, lines_,
+  void pack_panels(const float* band, int64_t line, const Tokens& tokens, char* panels) const {
+    k_.pack_panels({reinterpret_cast<const char*>(band), lanes_ * 4, tokens.count, line, lines_,
                     panels + at(tokens) * panel_lines() * kUnitBytes});
   }
 

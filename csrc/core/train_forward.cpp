@@ -70,7 +70,7 @@ class Forward : Training {
       const float* x = chain + at(tokens);
       float* y = shape_.pw_residual ? chain + at(tokens) : wide(thread);
       transform(activated(Stage::kDepthwise, d, line, tokens), n, x, y);
-      pack_tokens(y, line, tokens, panels_);
+      pack_panels(y, line, tokens, panels_);
     }
   }
 
@@ -94,7 +94,7 @@ class Forward : Training {
       const int64_t channel = line * lanes_;
       const Activated a = activated(Stage::kPointwise, d, line, tokens);
       char* pre = const_cast<char*>(a.pre);
-      product({w.rows + channel * w.row_stride, w.row_stride, w.bias + channel, w.gain + channel}, line, tokens,
+      product({w.matrix + channel * w.row_stride, w.row_stride, w.bias + channel, w.gain + channel}, line, tokens,
               panels_, nullptr, narrow ? reinterpret_cast<char*>(wide(thread)) : pre);
       if (narrow) k_.narrow(wide(thread), shape_.type, tokens.count * lanes_, pre);
       if (call_.eps) k_.moments({a, part(line, b), part(line, b) + lanes_});

@@ -108,13 +108,12 @@ py::array mixer(const py::array& x, const py::array& dw_weight, const std::optio
     run_unpacked(kernels, s, weights, batch, parallel);
     return y;
   }
-  Network network(kernels, s, s.matrices);
+  Network network(kernels, s, s.matrices, MatrixForm::kPanels);
   Workspace memory(network.bytes());
   network.bind(memory.data());
   for (int64_t item = 0; item < network.parameter_items(); ++item) network.pack_parameters(weights, item);
   for (int64_t matrix = 0; matrix < s.matrices; ++matrix) {
-    for (int64_t vector = 0; vector < network.vectors(s.channels); ++vector)
-      network.pack_rows(weights, matrix, matrix, vector);
+    for (int64_t item = 0; item < network.matrix_items(); ++item) network.pack_matrix(weights, matrix, matrix, item);
   }
   run_packed(network, batch, parallel);
   return y;

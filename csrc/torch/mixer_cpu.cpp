@@ -132,7 +132,7 @@ Tensors9 mixer_backward_cpu(const Tensor& grad, const Tensor& dw_stats, const Te
 Tensor pack(const Tensor& like, NetworkShape shape, const MixerWeights& weights, const EndWeights* ends) {
   const Kernels& kernels = select_kernels(shape.type, forced_isa());
   const int64_t matrices = shape.matrices;
-  Network network(kernels, std::move(shape), matrices);
+  Network network(kernels, std::move(shape), matrices, MatrixForm::kPanels);
   const int64_t bytes = blob_bytes(network);
   Tensor blob = torch::stable::new_empty(like, {&bytes, 1}, ScalarType::Byte);
   char* data = mutable_bytes(blob);
@@ -140,14 +140,14 @@ Tensor pack(const Tensor& like, NetworkShape shape, const MixerWeights& weights,
   write_blob_header(network, data);
   network.bind(data + bytes - network.bytes());
   if (ends) network.pack_ends(*ends);
-  const int64_t parameters = network.parameter_items(), vectors = network.vectors(network.shape().channels);
-  torch::stable::parallel_for(0, parameters + matrices * vectors, 1, [&](int64_t first, int64_t last) {
+  const int64_t parameters = network.parameter_items(), parts = network.matrix_items();
+  torch::stable::parallel_for(0, parameters + matrices * parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t item = first; item < last; ++item) {
       if (item < parameters) {
         network.pack_parameters(weights, item);
       } else {
-        const int64_t matrix = (item - parameters) / vectors;
-        network.pack_rows(weights, matrix, matrix, (item - parameters) % vectors);
+        const int64_t matrix = (item - parameters) / parts;
+        network.pack_matrix(weights, matrix, matrix, (item - parameters) % parts);
       }
     }
   });
