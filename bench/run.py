@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -70,6 +71,9 @@ def main(
 
     # An output that is no terminal would get 80 columns, too few for the table.
     console = Console(width=None if sys.stdout.isatty() else 120)
+    if find_spec("spin_kernels") is None:  # the peers alone would run for ten minutes
+        console.print("[red]spin_kernels: expected to be installed, is not found; run `pip install -e .` first[/]")
+        raise typer.Exit(2)
     threads = threads or machine.default_threads()
     info = machine.describe(threads)
     console.print(report.header(info), highlight=False)

@@ -374,6 +374,13 @@ def test_cuda_without_a_device(command):
     assert "no CUDA device" in result.output
 
 
+def test_stops_at_once_without_the_package(command, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("run"), "find_spec", lambda name: None)
+    result = command("--quick")
+    assert result.exit_code == 2
+    assert "pip install" in result.output
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
