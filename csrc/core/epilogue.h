@@ -1,7 +1,7 @@
 // What every kernel does to its sums on the way out: scale * act(gain * sum + bias) + shift (+ residual),
 // the depthwise without gain and with the bias in the sum from the start.
-// Sums in registers are finished there (epilogue_of). Where a kernel's tiles have many shapes, they come from a buffer
-// that it has just filled, which saves a copy of every tile for every activation.
+// The sums come from a buffer that the kernel has just filled: spilling them costs store and load slots,
+// which a kernel at the multiply-add peak leaves free, and saves one copy of each tile per activation.
 #pragma once
 #include "activation.h"
 #include "several.h"
@@ -9,7 +9,7 @@
 namespace spin {
 
 struct EpilogueArgs {
-  const float* sums;   // [row][sum_stride]; unused where they are in registers
+  const float* sums;   // [row][sum_stride]
   int64_t sum_stride;  // floats from one row to the next
   int64_t rows;
   const float* gain;  // kBiased (the bias is in the sums already): both unused
@@ -21,22 +21,17 @@ struct EpilogueArgs {
   int64_t row_bytes;
 };
 
-// One vector of channels: the sums of kRows rows from `row` on.
+// One vector of channels: kRows rows from `row` on.
 template <class V, Activation kActivation, bool kBiased, int kRows>
-SPIN_INLINE void epilogue_of(typename Several<V, kRows>::F value, const EpilogueArgs& a, int64_t row) {
+SPIN_INLINE void epilogue_rows(const EpilogueArgs& a, int64_t row) {
   using S = Several<V, kRows>;
+  auto value = S::make([&](int i) { return V::load(a.sums + (row + i) * a.sum_stride); });
   if constexpr (!kBiased) value = S::fma(value, S::all(V::load(a.gain)), S::all(V::load(a.bias)));
   value = S::fma(activate<S, kActivation>(value), S::all(V::load(a.scale)), S::all(V::load(a.shift)));
   S::visit(value, [&](int i, typename V::F y) {
     const int64_t place = (row + i) * a.row_bytes;
     V::store_chain(a.output + place, a.residual ? V::add(y, V::load_chain(a.residual + place)) : y);
   });
-}
-
-template <class V, Activation kActivation, bool kBiased, int kRows>
-SPIN_INLINE void epilogue_rows(const EpilogueArgs& a, int64_t row) {
-  epilogue_of<V, kActivation, kBiased, kRows>(
-      Several<V, kRows>::make([&](int i) { return V::load(a.sums + (row + i) * a.sum_stride); }), a, row);
 }
 
 template <class V, Activation kActivation, bool kBiased>

@@ -10,14 +10,15 @@
 //    cost 8 to 24 % of a call at batch 1. Tokens cost 0.1 ns each per channel: 1 to 3 % of a block. One call computes a
 //    vector of output channels for all tokens; the finished sums of 16 channels are transposed, so that the epilogue
 //    has channels in its lanes, as the blocked layout has.
-//  - A frozen network has its matrices in panels, and tokens are read where the depthwise left them (run_panel). One
-//  call
+//  - A frozen network has its matrices in panels, and tokens are read where the depthwise left them (run_panel). A call
 //    computes a panel's channels for all tokens. Channels are in the lanes from the start: no transposition, and sums
 //    of whole tiles are finished in registers. Alone on an AMD EPYC (Zen 5), part of the multiply-add peak, bf16 then
 //    float32, with ReLU: 768 channels 95, 95 % instead of 93, 94 %; 256 channels 95, 96 % instead of 88, 92 %. (The
-//    tile's loop reaches 99.5 %. Sums that go through a buffer cost those 8 %; the transposition's shuffles take places
-//    of multiply-adds, so hiding it beside the next tile's gained nothing.) Whole frozen networks in turns, medians of
-//    several launches, float32 and bf16: 768/32 0.95 and 0.96 of the time, 1024/20 0.96 and 0.98, 256/8 0.98 and 0.96.
+//    tile's loop reaches 99.5 %. Hiding the rows' transposition beside the next tile's steps gained 0 to 2 %: its
+//    shuffles take places of multiply-adds.) Whole frozen networks in turns, medians of several launches, float32 and
+//    bf16: 768/32 0.95 and 0.96 of the time, 1024/20 0.96 and 0.98, 256/8 0.98 and 0.96. On an Emerald Rapids an
+//    earlier form of this, with sums through a buffer and lines a power of two apart (which share a few sets of L1),
+//    took 1.05 to 1.2 times as long as rows do in float32 at batch 8; this one was not measured there.
 //
 // Cost: tokens * channels * vectors multiply-adds of one vector each; floor = that / FMA rate. Bytes from
 // L2 per multiply-add vector: 8 (panel). What comes after these rows or this panel is prefetched, a few lines per step:
@@ -258,11 +259,12 @@ struct Product {
                           kLineBytes};
     };
     if (tokens == V::kTileRows) {
-      static_assert(V::kTileRows % V::kTogether == 0);
       return tile<V::kTileRows, kVectors>(
           rows, a.input_channels, a.panel, prefetch, [&](const auto& sum) __attribute__((always_inline)) {
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
+              // As epilogue_rows, but its four vectors are loaded once: per row, 256 channels in bf16 reach 90, not 95
+              // %.
               const EpilogueArgs e = args(v, nullptr);
               const F gain = V::load(e.gain), bias = V::load(e.bias), scale = V::load(e.scale),
                       shift = V::load(e.shift);

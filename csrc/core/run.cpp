@@ -45,7 +45,7 @@ namespace {
 
 constexpr int64_t kPackedBytes = 4 << 20;  // of compositions that are summed ahead of their use
 constexpr int64_t kGroupTokens = 256;      // of small images together: weights are read once for all of them
-constexpr int64_t kSkewedTokens = 8;       // a tile's
+constexpr int64_t kSkewedTokens = 8;       // of a tile of a frozen network's product
 constexpr int64_t kSmallMatrix = 1 << 20;  // an L2 keeps it beside the rest
 
 // What happens to a group, one step after the other. Items of a step are independent of each other.
