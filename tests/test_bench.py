@@ -16,7 +16,7 @@ import spin_kernels as spin
 BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
-from spinbench import catalog, compositions, networks, report, session, timing  # noqa: E402
+from spinbench import catalog, networks, report, session, timing  # noqa: E402
 from spinbench.machine import Ceilings  # noqa: E402
 from spinbench.worker import Worker, WorkerFailed, WorkerState, errors_of  # noqa: E402
 
@@ -237,7 +237,6 @@ except KeyboardInterrupt:
 
 
 def test_cases_of_a_gpu():
-    import spin_kernels as spin
 
     cases = networks.cases("networks", None, ["bfloat16"], device="cuda")
     assert {case.batch for case in cases} == {1, 16, 64, 256}
@@ -399,7 +398,6 @@ def test_bad_options(command, arguments):
 
 
 def test_our_model_has_the_weights_of_the_plain_one():
-    import torch
     from spinbench import ours, plain
 
     network = networks.NETWORKS[-1]
@@ -413,59 +411,6 @@ def test_our_model_has_the_weights_of_the_plain_one():
     with torch.no_grad():
         expected, got = model(image), ours.make_ours(network, model)(image)
     assert torch.linalg.norm(got - expected) <= 1e-5 * torch.linalg.norm(expected)
-
-
-@pytest.mark.parametrize(
-    ("provider", "weights"),
-    [
-        ("product", spin.SuperWeights(0.4)),
-        ("broadcast sum", spin.SuperWeights(0.4)),
-        ("eager", spin.Repeated((2, 3), "swish")),
-    ],
-)
-def test_peers_make_the_same_weights_and_gradients(provider, weights):
-    from spinbench import composing
-
-    source = composing.source_of(spin.models.WideResNet(10, 2, weights=weights))
-    leaves = list(source.parameters())
-    ours, theirs = source.compose(), composing.PEERS[provider](source)()
-    grads = composing.gradients(ours, torch.float32)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b)
-    results = (torch.autograd.grad(weights, leaves, grads) for weights in (ours, theirs))
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-
-
-def test_bytes_of_compositions():
-    with torch.device("meta"):
-        network = spin.models.create(compositions.NETWORK)
-    weights = sum(p.numel() for p in network.parameters() if p.dim() == 4)
-    assert weights == compositions.WEIGHTS
-    assert sum(p.numel() for p in network.parameters()) - weights == compositions.KEPT
-    case = compositions.Composition(25, "backward")
-    assert case.bytes(1, "float32") == 4 * (
-        weights + 2 * (round(0.25 * (weights + compositions.KEPT)) - compositions.KEPT)
-    )
-
-
-def test_bytes_of_repetitions():
-    from spinbench import composing
-
-    with torch.device("meta"):
-        network = spin.models.create(compositions.NETWORK, weights=spin.Repeated(compositions.TILES, "swish"))
-    layers = composing.source_of(network)
-    source, weights = sum(layer.weight.numel() for layer in layers), sum(w.numel() for w in layers.compose())
-    assert compositions.Repetition("forward").bytes(1, "float32") == 4 * (source + weights)
-    assert compositions.Repetition("backward").bytes(1, "float32") == 4 * (2 * source + weights)
-
-
-def test_who_makes_weights():
-    names = catalog.select("compose", "cpu", None)
-    for made in compositions.COMPOSITIONS:
-        part = [name for name in names if catalog.takes_part(name, made)]
-        assert part == ["spin", *made.peers, *(["copy"] if made.what != "step" else [])]
-    assert catalog.select("compose", "cpu", []) == ["spin", "copy"]
 
 
 def test_a_copy_moves_the_least_bytes():
@@ -488,18 +433,3 @@ def test_a_copy_is_no_peer(capsys):
     assert "eager*" in printed
     assert "copy*" not in printed
     assert "tiny float32: 0.2 GB/s of its least bytes, 75% of what Tensor.copy_ reached in the same bursts" in printed
-
-
-def test_a_step_is_the_same_with_weights_of_its_own():
-    from spinbench import composing
-
-    torch.manual_seed(0)
-    network = spin.models.create(compositions.NETWORK, depth=10, width=1, weights=spin.SuperWeights(0.5))
-    plain = spin.models.create(compositions.NETWORK, depth=10, width=1)
-    composing.copy_weights(network, plain)
-    x, classes = composing.images(4, torch.float32)
-    ours, theirs = (composing.gradient_of_step(net, x, classes).clone() for net in (network, plain))
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    held = composing.held_weights(network, x) - composing.held_weights(plain, x)
-    composed = 4 * sum(w.numel() for w in network.bank.compose())
-    assert held == pytest.approx(composed, rel=0.2)  # what is composed is kept for the convolutions' backward passes

@@ -35,47 +35,42 @@ struct PackPanelsArgs {
   char* panels;
 };
 
-// out = scale * act(gain * (W in) + bias) + shift (+ residual), for a vector of output channels.
+// out = scale * act(gain * (W in) + bias) + shift (+ residual): what a product does with its sums, and what comes
+// after.
+struct ProductTarget {
+  int64_t first_vector;  // counted over all output channels
+  const float* bias;     // these four point at its first channel
+  const float* gain;
+  const float* scale;
+  const float* shift;
+  const char* residual;  // first line, first token; null: none
+  int64_t residual_stride;
+  char* output;  // first line, first token
+  int64_t output_stride;
+  int64_t tokens;
+  Activation activation;
+  const char* prefetch;  // what this core reads next: prefetched meanwhile
+  int64_t prefetch_bytes;
+};
+
+// A product for a vector of output channels.
 struct ProductArgs {
   const char* panels;  // all tokens
   int64_t input_channels;
   const char* weights;      // first row
   int64_t row_stride;       // bytes
   int64_t output_channels;  // at most a vector
-  int64_t first_vector;     // this vector, counted over all output channels
-  const float* bias;        // these four point at the first output channel
-  const float* gain;
-  const float* scale;
-  const float* shift;
-  const char* residual;  // first line, first token; null: none
-  int64_t residual_stride;
-  char* output;  // first line, first token
-  int64_t output_stride;
-  int64_t tokens;
-  Activation activation;
-  const char* prefetch;  // what this core reads next: prefetched while this vector is computed
-  int64_t prefetch_bytes;
+  ProductTarget to;
 };
 
-// The same for a panel of output channels and tokens as they are.
+// A product for a panel of output channels and tokens as they are.
 struct PanelProductArgs {
   const char* panel;
+  int64_t vectors;  // in the panel
   int64_t input_channels;
-  int64_t first_vector, vectors;  // of the panel, counted over all output channels
-  const char* input;              // first line, first token
-  int64_t input_stride;           // bytes from one line to the next
-  const float* bias;              // these four point at the panel's first channel
-  const float* gain;
-  const float* scale;
-  const float* shift;
-  const char* residual;  // first line, first token; null: none
-  int64_t residual_stride;
-  char* output;  // first line, first token
-  int64_t output_stride;
-  int64_t tokens;
-  Activation activation;
-  const char* prefetch;
-  int64_t prefetch_bytes;
+  const char* input;     // first line, first token
+  int64_t input_stride;  // bytes from one line to the next
+  ProductTarget to;
 };
 
 // Sizes with kernels of their own (depthwise.h).

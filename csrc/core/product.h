@@ -82,12 +82,33 @@ struct Product {
     const char* next;
     const char* end;
     int64_t lines_per_step;
+    SPIN_INLINE Prefetch(const ProductTarget& to, int64_t steps)
+        : next(to.prefetch),
+          end(to.prefetch + to.prefetch_bytes),
+          lines_per_step(ceil_div(to.prefetch_bytes / kCacheLine, steps)) {}
     SPIN_INLINE void step() {
       for (int64_t i = 0; i < lines_per_step && next < end; ++i, next += kCacheLine) {
         __builtin_prefetch(next, 0, 3);
       }
     }
   };
+
+  // Of vector v and some tokens; the sums of a token are `stride` floats after those of the one before.
+  static SPIN_INLINE EpilogueArgs epilogue_args(const ProductTarget& to, int64_t v, int64_t token, int64_t tokens,
+                                                const float* sums, int64_t stride) {
+    const int64_t vector = to.first_vector + v, line = vector / Out::kLineVectors, channel = v * V::kLanes;
+    const int64_t place = token * kLineBytes + vector % Out::kLineVectors * kVectorBytes;
+    return {sums,
+            stride,
+            tokens,
+            to.gain + channel,
+            to.bias + channel,
+            to.scale + channel,
+            to.shift + channel,
+            to.residual ? to.residual + line * to.residual_stride + place : nullptr,
+            to.output + line * to.output_stride + place,
+            kLineBytes};
+  }
 
   // The operand whose entries are broadcast: rows of units, a line of them after the other.
   struct Rows {
@@ -211,13 +232,10 @@ struct Product {
 
   static void run(const ProductArgs& a) {
     alignas(64) float sums[V::kPanelVectors * V::kLanes * V::kLanes];
-    const Panels panels(a.tokens, V::kLanes, V::kPanelVectors);
+    const Panels panels(a.to.tokens, V::kLanes, V::kPanelVectors);
     const int64_t lines = ceil_div(a.input_channels, kLineChannels);
-    const int64_t steps = panels.count * ceil_div(a.output_channels, V::kTileRows) * lines;
-    Prefetch prefetch{a.prefetch, a.prefetch + a.prefetch_bytes, ceil_div(a.prefetch_bytes / kCacheLine, steps)};
-    const int64_t line = a.first_vector / Out::kLineVectors;
-    const int64_t lane = a.first_vector % Out::kLineVectors * kVectorBytes;
-    with_activation(a.activation, [&](auto activation) {
+    Prefetch prefetch(a.to, panels.count * ceil_div(a.output_channels, V::kTileRows) * lines);
+    with_activation(a.to.activation, [&](auto activation) {
       for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t first = panels.begin(p), vectors = panels.begin(p + 1) - first;
         const char* panel = a.panels + first * lines * kUnits * kLineBytes;
@@ -228,11 +246,9 @@ struct Product {
         } else if constexpr (V::kPanelVectors > 2) {
           panel_of<3>(a, panel, sums, prefetch);
         }
-        const int64_t token = first * V::kLanes, left = a.tokens - token, place = token * kLineBytes + lane;
+        const int64_t token = first * V::kLanes, left = a.to.tokens - token, full = vectors * V::kLanes;
         epilogue<Out, decltype(activation)::value, false>(
-            {sums, V::kLanes, left < vectors * V::kLanes ? left : vectors * V::kLanes, a.gain, a.bias, a.scale, a.shift,
-             a.residual ? a.residual + line * a.residual_stride + place : nullptr,
-             a.output + line * a.output_stride + place, kLineBytes});
+            epilogue_args(a.to, 0, token, left < full ? left : full, sums, V::kLanes));
       }
     });
   }
@@ -244,20 +260,6 @@ struct Product {
   static __attribute__((noinline)) void panel_tokens(const PanelProductArgs& a, int64_t token, int64_t tokens,
                                                      Prefetch& prefetch) {
     const Rows rows{a.input + token * kLineBytes, kLineBytes, a.input_stride};
-    auto args = [&](int v, const float* sums) __attribute__((always_inline)) {
-      const int64_t channel = v * V::kLanes, line = (a.first_vector + v) / Out::kLineVectors;
-      const int64_t place = token * kLineBytes + (a.first_vector + v) % Out::kLineVectors * kVectorBytes;
-      return EpilogueArgs{sums,
-                          kVectors * V::kLanes,
-                          tokens,
-                          a.gain + channel,
-                          a.bias + channel,
-                          a.scale + channel,
-                          a.shift + channel,
-                          a.residual ? a.residual + line * a.residual_stride + place : nullptr,
-                          a.output + line * a.output_stride + place,
-                          kLineBytes};
-    };
     if (tokens == V::kTileRows) {
       return tile<V::kTileRows, kVectors>(
           rows, a.input_channels, a.panel, prefetch, [&](const auto& sum) __attribute__((always_inline)) {
@@ -265,7 +267,7 @@ struct Product {
             for (int v = 0; v < kVectors; ++v) {
               // As epilogue_rows, but its four vectors are loaded once: per row, 256 channels in bf16 reach 90, not 95
               // %.
-              const EpilogueArgs e = args(v, nullptr);
+              const EpilogueArgs e = epilogue_args(a.to, v, token, tokens, nullptr, 0);
               const F gain = V::load(e.gain), bias = V::load(e.bias), scale = V::load(e.scale),
                       shift = V::load(e.shift);
 #pragma GCC unroll 8
@@ -279,16 +281,18 @@ struct Product {
     }
     alignas(64) float sums[V::kTileRows * kVectors * V::kLanes];
     store_tile_of<kVectors>(tokens, rows, a.input_channels, a.panel, sums, prefetch);
-    for (int v = 0; v < kVectors; ++v) epilogue<Out, kActivation, false>(args(v, sums + v * V::kLanes));
+    for (int v = 0; v < kVectors; ++v) {
+      epilogue<Out, kActivation, false>(
+          epilogue_args(a.to, v, token, tokens, sums + v * V::kLanes, kVectors * V::kLanes));
+    }
   }
 
   static void run_panel(const PanelProductArgs& a) {
-    const int64_t tiles = ceil_div(a.tokens, V::kTileRows), lines = ceil_div(a.input_channels, kLineChannels);
-    Prefetch prefetch{a.prefetch, a.prefetch + a.prefetch_bytes,
-                      ceil_div(a.prefetch_bytes / kCacheLine, tiles * lines)};
-    with_activation(a.activation, [&](auto activation) {
+    const int64_t tiles = ceil_div(a.to.tokens, V::kTileRows);
+    Prefetch prefetch(a.to, tiles * ceil_div(a.input_channels, kLineChannels));
+    with_activation(a.to.activation, [&](auto activation) {
       for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t token = i * a.tokens / tiles, tokens = (i + 1) * a.tokens / tiles - token;
+        const int64_t token = i * a.to.tokens / tiles, tokens = (i + 1) * a.to.tokens / tiles - token;
         if (a.vectors == 1) {
           panel_tokens<1, decltype(activation)::value>(a, token, tokens, prefetch);
         } else if (a.vectors == 2) {

@@ -38,6 +38,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "packing_plan.h"
 #include "workspace.h"
 
 namespace spin {
@@ -374,8 +375,32 @@ class Runner {
   void product(const Pointwise& w, const Pointwise& next, const Operands& o, int thread) const {
     const int64_t parts = frozen_ ? net_.panels(w.output_channels).count : net_.vectors(w.output_channels);
     for (int64_t part = 0; part < parts; ++part) {
-      frozen_ ? run_panel(w, next, part, o, 1, 0) : run_vector(w, next, part, o, thread);
+      if (frozen_) {
+        run_panel(w, next, part, o, 1, 0);
+      } else {
+        run_vector(w, next, part, o, thread);
+      }
     }
+  }
+
+  ProductTarget target(const Pointwise& w, int64_t first_vector, const Operands& o, const char* prefetch,
+                       int64_t prefetch_bytes) const {
+    const int64_t channel = first_vector * k_.lanes;
+    return {
+        .first_vector = first_vector,
+        .bias = w.bias + channel,
+        .gain = w.gain + channel,
+        .scale = w.scale + channel,
+        .shift = w.shift + channel,
+        .residual = o.residual,
+        .residual_stride = o.residual_stride,
+        .output = o.out,
+        .output_stride = o.out_stride,
+        .tokens = o.tokens,
+        .activation = o.activation,
+        .prefetch = prefetch,
+        .prefetch_bytes = prefetch_bytes,
+    };
   }
 
   // A panel of a frozen matrix, one of those that `threads` share.
@@ -388,23 +413,12 @@ class Runner {
     const int64_t ahead = last ? own(thread) : std::min(item + 1, panels.count - 1);
     k_.panel_product({
         .panel = w.matrix + first * bytes,
-        .input_channels = w.input_channels,
-        .first_vector = first,
         .vectors = panels.begin(item + 1) - first,
+        .input_channels = w.input_channels,
         .input = o.input,
         .input_stride = o.input_stride,
-        .bias = w.bias + first * k_.lanes,
-        .gain = w.gain + first * k_.lanes,
-        .scale = w.scale + first * k_.lanes,
-        .shift = w.shift + first * k_.lanes,
-        .residual = o.residual,
-        .residual_stride = o.residual_stride,
-        .output = o.out,
-        .output_stride = o.out_stride,
-        .tokens = o.tokens,
-        .activation = o.activation,
-        .prefetch = (last ? next : w).matrix + panels.begin(ahead) * bytes,
-        .prefetch_bytes = (panels.begin(ahead + 1) - panels.begin(ahead)) * bytes,
+        .to = target(w, first, o, (last ? next : w).matrix + panels.begin(ahead) * bytes,
+                     (panels.begin(ahead + 1) - panels.begin(ahead)) * bytes),
     });
   }
 
@@ -427,19 +441,8 @@ class Runner {
         .weights = weights,
         .row_stride = row_stride,
         .output_channels = rows,
-        .first_vector = vector,
-        .bias = w.bias + channel,
-        .gain = w.gain + channel,
-        .scale = w.scale + channel,
-        .shift = w.shift + channel,
-        .residual = o.residual,
-        .residual_stride = o.residual_stride,
-        .output = o.out,
-        .output_stride = o.out_stride,
-        .tokens = o.tokens,
-        .activation = o.activation,
-        .prefetch = ahead.matrix + first_ahead * ahead.row_stride,
-        .prefetch_bytes = std::min(k_.lanes, ahead.output_channels - first_ahead) * ahead.row_stride,
+        .to = target(w, vector, o, ahead.matrix + first_ahead * ahead.row_stride,
+                     std::min(k_.lanes, ahead.output_channels - first_ahead) * ahead.row_stride),
     });
   }
 
@@ -489,37 +492,6 @@ class Runner {
 };
 
 }  // namespace
-
-PackingPlan plan_packing(const std::vector<int64_t>& pw_index, int64_t slot_budget) {
-  const int64_t depth = pw_index.size();
-  const int64_t matrices = depth ? *std::max_element(pw_index.begin(), pw_index.end()) + 1 : 0;
-  std::vector<int64_t> last_use(matrices, -1), slot_of(matrices, -1), free_slots;
-  for (int64_t d = 0; d < depth; ++d) last_use[pw_index[d]] = d;
-
-  PackingPlan plan;
-  plan.segments.push_back({0, depth, {}});
-  for (int64_t d = 0; d < depth; ++d) {
-    const int64_t matrix = pw_index[d];
-    if (slot_of[matrix] < 0) {
-      if (free_slots.empty() && plan.slots >= slot_budget) {
-        // Blocks before d are done with these once the segment ends: their slots are free for the next.
-        for (int64_t m = 0; m < matrices; ++m) {
-          if (slot_of[m] >= 0 && last_use[m] < d) free_slots.push_back(std::exchange(slot_of[m], -2));
-        }
-        if (!free_slots.empty()) {
-          plan.segments.back().last_block = d;
-          plan.segments.push_back({d, depth, {}});
-        }
-      }
-      if (free_slots.empty()) free_slots.push_back(plan.slots++);
-      slot_of[matrix] = free_slots.back();
-      free_slots.pop_back();
-      plan.segments.back().packings.push_back({matrix, slot_of[matrix]});
-    }
-    plan.slot_of_block.push_back(slot_of[matrix]);
-  }
-  return plan;
-}
 
 void run_packed(Network& network, const Batch& batch, const Parallel& parallel) {
   if (batch.size == 0) return;

@@ -2,6 +2,7 @@
 // what the benchmark's ceilings and the sanitizer build's tests are made of.
 #include <cstring>
 
+#include "../core/packing_plan.h"
 #include "../core/peaks.h"
 #include "../core/run.h"
 #include "../core/train.h"
