@@ -43,6 +43,10 @@ COMPOSITIONS: dict[str, tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = {
     ),
     "many users": ([(20, 40, 3, 3)] * 30, [(l, 0, 7200, 2, l, 0, 0, 20, 40, 40) for l in range(30)]),  # noqa: E741
     "beyond the caches": ([(512, 512, 3, 3)], [(0, 0, 512 * 512 * 9, 1, 0, 0, 0, 512, 512, 512)]),
+    "beyond the caches, between lines": (
+        [(255, 511, 3, 3)] * 3,
+        [(l, 5, 255 * 511 * 9, 2, 2 * l, 0, 0, 255, 511, 511) for l in range(3)],  # noqa: E741
+    ),
 }
 
 
