@@ -119,11 +119,13 @@ struct Compose : WeightTile<V, kType> {
     for (int64_t r = 0; r < t.rows; ++r) {
       const char* from = own.from + r * own.pitch;
       float* to = packed(t, k) + r * width;
-      for (int64_t j = 0; j < width; j += 2 * kLanes, from += step) {
+      int64_t j = 0;
+      for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes, from += step) {
         next.prefetch(r, j * kBytes, step);
-        const int64_t left = t.columns - j;
-        V::store(to + j, load_part(from, left));
-        V::store(to + j + kLanes, left > kLanes ? load_part(from + step / 2, left - kLanes) : V::zero());
+        V::store(to + j, load(from)), V::store(to + j + kLanes, load(from + step / 2));
+      }
+      for (; j < width; j += kLanes, from += step / 2) {
+        V::store(to + j, j < t.columns ? load_part(from, t.columns - j) : V::zero());
       }
     }
   }
