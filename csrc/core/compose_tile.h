@@ -106,7 +106,6 @@ struct Compose : WeightTile<V, kType> {
         }
       }
     }
-    if (t.stream) V::fence();
   }
 
   static int64_t width_of(const ComposeTile& t) { return round_up(t.columns, 2 * kLanes); }  // of a row of scratch
@@ -261,7 +260,6 @@ struct Compose : WeightTile<V, kType> {
       const Burst next = after(t, t.users_count + k);
       for (int64_t r = 0; r < t.rows; ++r) put(t, k, r, next);
     }
-    if (t.stream) V::fence();
   }
 };
 

@@ -88,7 +88,6 @@ struct Repeat : WeightTile<V, kType> {
         t.stream ? row<true>(user, from, gate, to) : row<false>(user, from, gate, to);
       }
     }
-    if (t.stream) V::fence();
   }
 
   // ---- backward ----

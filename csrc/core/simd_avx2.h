@@ -21,9 +21,8 @@ struct Avx2 {
   static SPIN_INLINE F set(float x) { return _mm256_set1_ps(x); }
   static SPIN_INLINE F load(const void* p) { return _mm256_loadu_ps(static_cast<const float*>(p)); }
   static SPIN_INLINE void store(void* p, F x) { _mm256_storeu_ps(static_cast<float*>(p), x); }
-  // Past the caches; p is aligned. Visible to other threads after fence().
+  // Past the caches; p is aligned. Others see it after the fence of a Team.
   static SPIN_INLINE void stream(void* p, F x) { _mm256_stream_ps(static_cast<float*>(p), x); }
-  static SPIN_INLINE void fence() { _mm_sfence(); }
   static SPIN_INLINE F broadcast(const void* unit) { return _mm256_broadcast_ss(static_cast<const float*>(unit)); }
   // What a product multiplies stays in its register: gcc would load some of it again, 1.04 times as long.
   static SPIN_INLINE void hold(F& x) { asm("" : "+x"(x)); }

@@ -21,9 +21,8 @@ struct Avx512 {
   static SPIN_INLINE F set(float x) { return _mm512_set1_ps(x); }
   static SPIN_INLINE F load(const void* p) { return _mm512_loadu_ps(p); }
   static SPIN_INLINE void store(void* p, F x) { _mm512_storeu_ps(p, x); }
-  // Past the caches; p is aligned. Visible to other threads after fence().
+  // Past the caches; p is aligned. Others see it after the fence of a Team.
   static SPIN_INLINE void stream(void* p, F x) { _mm512_stream_ps(static_cast<float*>(p), x); }
-  static SPIN_INLINE void fence() { _mm_sfence(); }
   static SPIN_INLINE F broadcast(const void* unit) { return _mm512_set1_ps(*static_cast<const float*>(unit)); }
   static SPIN_INLINE void hold(F&) {}
   static SPIN_INLINE F mac(F sum, F weights, F unit) { return _mm512_fmadd_ps(weights, unit, sum); }

@@ -1,5 +1,5 @@
 // Threads working through the same phases: a phase is some items of work; the next begins when all its
-// items are done. Items are claimed, first from a thread's own range (its data are in that core's cache),
+// items are done. Items are claimed, some at a time where there are many, first from a thread's own range (its data are in that core's cache),
 // then from the others', so a core that is slowed down from outside does not hold up the rest, and it does
 // not matter how many of the threads really run at the same time: even a single one finishes everything.
 // (A barrier would hang where a thread pool runs its tasks one after the other.)
@@ -44,11 +44,14 @@ class Team {
     for (int i = 0; i < threads_; ++i) {
       const int owner = (thread + i) % threads_;
       const int64_t first = items * owner / threads_, count = items * (owner + 1) / threads_ - first;
+      const int64_t some = std::max<int64_t>(1, count / kClaims);
       while (counters[owner].load(std::memory_order_relaxed) < count) {
-        const int64_t claimed = counters[owner].fetch_add(1, std::memory_order_relaxed);
+        const int64_t claimed = counters[owner].fetch_add(int(some), std::memory_order_relaxed);
         if (claimed >= count) break;
-        run(first + claimed);
-        done.fetch_add(1, std::memory_order_release);
+        const int64_t end = std::min(claimed + some, count);
+        for (int64_t item = claimed; item < end; ++item) run(first + item);
+        fence();
+        done.fetch_add(int(end - claimed), std::memory_order_release);
       }
     }
     // Items still missing are being worked on by a thread that runs: spin as long as an item may well take,
@@ -64,7 +67,16 @@ class Team {
 
  private:
   static constexpr int kCountersPerLine = kCacheLine / sizeof(std::atomic<int>);
+  // Of a thread's range, where it has more items: a claim waits until stores past the caches are through.
+  static constexpr int64_t kClaims = 64;
   static constexpr int kSpins = 4096;  // 50 to 150 microseconds
+
+  // Items may store past the caches: such stores have no order of their own.
+  static void fence() {
+#if defined(__x86_64__)
+    __builtin_ia32_sfence();
+#endif
+  }
 
   static void pause() {
 #if defined(__x86_64__)
