@@ -1,7 +1,7 @@
-// Threads working through the same phases: a phase is some items of work; the next begins when all its
-// items are done. Items are claimed, some at a time where there are many, first from a thread's own range (its data are in that core's cache),
-// then from the others', so a core that is slowed down from outside does not hold up the rest, and it does
-// not matter how many of the threads really run at the same time: even a single one finishes everything.
+// Threads working through the same phases: a phase is some items of work; the next begins when all its items are done.
+// Items are claimed, several at a time where there are many, first from a thread's own range (its data are in that
+// core's cache), then from the others', so a core that is slowed down from outside does not hold up the rest, and it
+// does not matter how many of the threads really run at the same time: even a single one finishes everything.
 // (A barrier would hang where a thread pool runs its tasks one after the other.)
 //
 // Which thread does what never changes a result: every item writes its own place.
