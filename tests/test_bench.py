@@ -237,7 +237,6 @@ except KeyboardInterrupt:
 
 
 def test_cases_of_a_gpu():
-
     cases = networks.cases("networks", None, ["bfloat16"], device="cuda")
     assert {case.batch for case in cases} == {1, 16, 64, 256}
     assert {case.network.name for case in cases} <= set(spin.models.list_models())

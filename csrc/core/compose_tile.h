@@ -29,15 +29,16 @@ struct Compose : WeightTile<V, kType> {
   using Floats = WeightTile<V, DType::kFloat32>;
   using Base::kLanes, Base::kBytes, Base::load, Base::load_part, Base::store_part;
   using typename Base::F;
-  static constexpr int kVectors = 128 / (kLanes * sizeof(float));
+  static constexpr int kVectors = 128 / (kLanes * sizeof(float));      // forward: two lines
   static constexpr int kUsers = 2, kTemplates = kLanes == 16 ? 4 : 2;  // backward at a time, by registers
 
   // A part of a template or of a user's gradient, as large as the tile.
   struct Burst {
     const char* from;
     int64_t pitch;  // bytes
-    SPIN_INLINE void prefetch(int64_t row, int64_t offset, int64_t bytes) const {
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + row * pitch + offset + i);
+    SPIN_INLINE const char* at(int64_t row, int64_t column) const { return from + row * pitch + column * kBytes; }
+    SPIN_INLINE void prefetch(int64_t row, int64_t column, int64_t columns) const {
+      for (int64_t i = 0; i < columns * kBytes; i += 64) __builtin_prefetch(at(row, column) + i);
     }
   };
   static SPIN_INLINE Burst template_of(const ComposeTile& t, int64_t k) {
@@ -89,7 +90,7 @@ struct Compose : WeightTile<V, kType> {
     constexpr int64_t step = kVectors * kLanes;
     for (; j + step <= t.columns; j += step) {
       for (int64_t k = t.users_count - 1 - u; k < t.templates; k += t.users_count) {
-        beyond(t, template_of(t, k)).prefetch(r, j * kBytes, step * kBytes);
+        beyond(t, template_of(t, k)).prefetch(r, j, step);
       }
       combine<kVectors, kStream>(from + j * kBytes, t, c, to + j * kBytes, kLanes);
     }
@@ -116,11 +117,11 @@ struct Compose : WeightTile<V, kType> {
     const Burst own = template_of(t, k);
     const int64_t width = width_of(t), step = 2 * kLanes * kBytes;
     for (int64_t r = 0; r < t.rows; ++r) {
-      const char* from = own.from + r * own.pitch;
+      const char* from = own.at(r, 0);
       float* to = packed(t, k) + r * width;
       int64_t j = 0;
       for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes, from += step) {
-        next.prefetch(r, j * kBytes, step);
+        next.prefetch(r, j, 2 * kLanes);
         V::store(to + j, load(from)), V::store(to + j + kLanes, load(from + step / 2));
       }
       for (; j < width; j += kLanes, from += step / 2) {
@@ -178,8 +179,8 @@ struct Compose : WeightTile<V, kType> {
       for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes) {
 #pragma GCC unroll 2
         for (int w = 0; w < kWide; ++w) {
-          const char* from = own[w].from + r * own[w].pitch + j * kBytes;
-          next[w].prefetch(r, j * kBytes, step);
+          const char* from = own[w].at(r, j);
+          next[w].prefetch(r, j, 2 * kLanes);
           g[w][0] = load(from), g[w][1] = load(from + step / 2);
         }
         two(g, r * width + j);
@@ -187,7 +188,7 @@ struct Compose : WeightTile<V, kType> {
       if (const int64_t left = t.columns - j; left > 0) {
 #pragma GCC unroll 2
         for (int w = 0; w < kWide; ++w) {
-          const char* from = own[w].from + r * own[w].pitch + j * kBytes;
+          const char* from = own[w].at(r, j);
           g[w][0] = load_part(from, left);
           g[w][1] = left > kLanes ? load_part(from + step / 2, left - kLanes) : V::zero();
         }
@@ -228,7 +229,7 @@ struct Compose : WeightTile<V, kType> {
       j = Floats::before_stream(bytes(0), t.columns);
       std::memcpy(to, from, j * sizeof(float));
       for (; j + kLanes <= t.columns; j += kLanes) {
-        next.prefetch(r, j * kBytes, kLanes * kBytes);
+        next.prefetch(r, j, kLanes);
         V::stream(bytes(j), V::load(from + j));
       }
     }
