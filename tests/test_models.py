@@ -167,6 +167,21 @@ def test_what_unfreezes(change):
     assert twin.is_frozen
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(48, 48), (44, 60), (28, 36), (140, 100)], ids=str)  # tokens: even, odd, few, many
+def test_frozen_with_large_matrices(size, dtype):
+    """Of more than 1 MB in float32: the product of halves, or a plain one from the same packed weights."""
+    model = make(dim=544, kernel_size=3).eval()
+    x = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(x.double())
+        model = model.to(dtype)
+        plain = model(x.to(dtype)).double()
+        frozen = model.freeze()(x.to(dtype)).double()
+    assert relative_error(frozen, exact) < max(3 * relative_error(plain, exact), 1e-6)
+    assert relative_error(frozen, exact) < TOLERANCE[dtype]
+
+
 def test_freeze_wants_every_part_in_eval_mode():
     model = make().eval()
     model.mixer.train()

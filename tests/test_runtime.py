@@ -142,6 +142,49 @@ def test_large(name: str, dtype: str) -> None:
         assert np.array_equal(y, run(a, isa, threads=1, packed=True)), isa
 
 
+# Large matrices of frozen networks lie in quarters, and images of more than 128 tokens that fit a band get Strassen's
+# product: an odd and even number of vectors of a half, of tokens and of tiles; then images that are grouped or cut.
+QUARTERS: dict[str, dict[str, Any]] = {
+    "even": {"C": 576, "H": 12, "W": 12},
+    "odd-tokens": {"C": 544, "H": 13, "W": 11, "activation": "relu"},
+    "fewest-tokens": {"C": 544, "H": 3, "W": 43, "k": 1, "D": 1},
+    "residual": {"C": 544, "H": 10, "W": 14, "pw_residual": True, "S": 1, "gain": True},
+    "templates": {"C": 608, "H": 10, "W": 13, "S": 2, "templates": 3, "bias": False},
+    "grouped": {"C": 544, "H": 7, "W": 9, "B": 5},
+    "bands": {"C": 544, "H": 40, "W": 17, "D": 1},
+}
+
+
+@every_dtype
+@pytest.mark.parametrize("name", QUARTERS)
+def test_quarters(name: str, dtype: str) -> None:
+    a = draw(generator("quarters", name, dtype), **QUARTERS[name], dtype=dtype)
+    expected = Expected(a, dtype)
+    for isa in ISAS:
+        y = run(a, isa, packed=True, quarters=True)
+        expected.check(y, isa)
+        assert np.array_equal(y, run(a, isa, threads=3, packed=True, quarters=True)), isa
+
+
+@every_isa
+def test_strassen_is_used_and_nearly_as_exact(isa: str) -> None:
+    a = draw(generator("strassen"), C=768, H=16, W=16, D=1, activation="identity")
+    exact = decode(Expected(a, "float32").exact)
+    plain, strassen = (decode(run(a, isa, packed=True, quarters=quarters)) for quarters in (False, True))
+    assert not np.array_equal(plain, strassen)
+    assert np.linalg.norm(strassen - exact) <= 3 * np.linalg.norm(plain - exact)
+
+
+@every_isa
+def test_quarters_keep_images_apart(isa: str) -> None:
+    a = draw(generator("apart"), C=544, H=12, W=12, B=3)
+    y = run(a, isa, packed=True, quarters=True)
+    a["x"][1, 5, 3, 3] = np.nan
+    soiled = run(a, isa, packed=True, quarters=True)
+    assert np.isnan(soiled[1]).any()
+    assert np.array_equal(y[[0, 2]], soiled[[0, 2]])
+
+
 THREADED: list[dict[str, Any]] = [
     *({"B": B, "C": 97, "H": 17, "W": 16, "k": k, "D": 3} for B in (1, 2, 3, 5, 8) for k in (3, 11)),
     {"B": 1, "C": 700, "H": 1, "W": 9, "k": 9, "D": 3},  # fewer rows than threads

@@ -18,11 +18,13 @@
 
 namespace spin {
 
+constexpr int64_t kTileTokens = 8;  // of a product for a panel of output channels, at most
+
 // The panels of some tokens, or of a matrix' rows: vectors are dealt out evenly.
 struct Panels {
   int64_t vectors, count;
-  SPIN_INLINE Panels(int64_t tokens, int64_t lanes, int64_t panel_vectors)
-      : vectors(ceil_div(tokens, lanes)), count(ceil_div(vectors, panel_vectors)) {}
+  SPIN_INLINE Panels(int64_t tokens, int64_t lanes, int64_t panel_vectors, int64_t multiple = 1)
+      : vectors(ceil_div(tokens, lanes)), count(round_up(ceil_div(vectors, panel_vectors), multiple)) {}
   SPIN_INLINE int64_t begin(int64_t panel) const { return panel * vectors / count; }
 };
 
@@ -71,7 +73,15 @@ struct PanelProductArgs {
   const char* input;     // first line, first token
   int64_t input_stride;  // bytes from one line to the next
   ProductTarget to;
+  // One of several products that are added up: `from` plus this goes to `keep`, `base` plus this is finished. Null:
+  // from zero, nowhere, from zero. A panel's tiles lie one after the other there.
+  const float* from = nullptr;
+  float* keep = nullptr;
+  const float* base = nullptr;
+  bool finished = true;
 };
+
+struct TokenSumsArgs;  // strassen.h
 
 // Sizes with kernels of their own (depthwise.h).
 constexpr bool has_row_tiles(int64_t kernel_size) { return kernel_size >= 3 && kernel_size <= 9; }
@@ -254,6 +264,7 @@ struct Kernels {
   DType operand = {};  // of matrices and panels
   void (*product)(const ProductArgs&) = nullptr;
   void (*panel_product)(const PanelProductArgs&) = nullptr;  // null where operands are not the chain's
+  void (*token_sums)(const TokenSumsArgs&) = nullptr;        // likewise, and in float32 only
   void (*depthwise)(const DepthwiseArgs&);
   int64_t (*depthwise_scratch)(int64_t height, int64_t width, int64_t kernel_size);
   void (*pack_panels)(const PackPanelsArgs&) = nullptr;

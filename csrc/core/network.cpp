@@ -14,6 +14,8 @@ Network::Network(const Kernels& kernels, NetworkShape shape, int64_t slots, Matr
     : kernels_(&kernels), shape_(std::move(shape)), form_(form) {
   const NetworkShape& s = shape_;
   const int64_t channels = padded(s.channels);
+  quartered_ = form == MatrixForm::kQuarters && kernels.token_sums && s.channels % (2 * kernels.line_channels) == 0 &&
+               matrix_bytes(s.channels, s.channels) > kSmallMatrix;
   auto place = [&](int64_t bytes) {
     const int64_t offset = bytes_;
     bytes_ += round_up(bytes, kCacheLine);
@@ -25,7 +27,7 @@ Network::Network(const Kernels& kernels, NetworkShape shape, int64_t slots, Matr
   pw_bias_ = place(s.matrices * channels * 4);
   pw_gain_ = place(s.depth * channels * 4);
   pw_affine_ = place(s.depth * 2 * channels * 4);
-  matrices_ = place(slots * matrix_bytes(s.channels, s.channels));
+  matrices_ = place(slots * pointwise_bytes());
   const int64_t ends = s.whole();
   stem_ = place(ends * matrix_bytes(patch_inputs(), s.channels));
   stem_vectors_ = place(ends * 4 * channels * 4);
@@ -101,10 +103,43 @@ void Network::pack_panel(PackRowsArgs rows, int64_t panel, char* matrix) const {
   }
 }
 
+// The same of all quarters and sums of quarters (strassen.h).
+void Network::pack_quarters(PackRowsArgs rows, int64_t panel, char* matrix) const {
+  const Panels panels = quarter_panels();
+  const int64_t vectors = panels.begin(panel + 1) - panels.begin(panel), first = panels.begin(panel) * kernels_->lanes;
+  const int64_t half = rows.columns / 2, lines = this->lines(half), stride = row_stride(rows.columns);
+  const char* source = rows.source;
+  rows.rows = vectors * kernels_->lanes;
+  rows.row_stride = stride;
+  Workspace halves(2 * rows.rows * stride), quarter(rows.rows * stride);
+  for (int64_t i : {0, 1}) {
+    rows.source = source + (i * half + first) * rows.columns * size_of(rows.type);
+    rows.to = halves.data() + i * rows.rows * stride;
+    kernels_->pack_rows(rows);
+  }
+  char* to = matrix + kQuarters * quarter_bytes(panels.begin(panel));
+  for (int q = 0; q < kQuarters; ++q, to += quarter_bytes(vectors)) {
+    for (int64_t r = 0; r < rows.rows; ++r) {
+      const auto* upper = reinterpret_cast<const float*>(halves.data() + r * stride);
+      const auto* lower = reinterpret_cast<const float*>(halves.data() + (rows.rows + r) * stride);
+      auto* sum = reinterpret_cast<float*>(quarter.data() + r * stride);
+      for (int64_t c = 0; c < half; ++c) {
+        const float w11 = upper[c], w12 = upper[half + c], w21 = lower[c], w22 = lower[half + c];
+        const float s1 = w21 + w22, s2 = s1 - w11, s3 = w11 - w21, s4 = w12 - s2;
+        const float all[kQuarters] = {w11, w12, s2, s3, s1, s4, w22, w21};
+        sum[c] = all[q];
+      }
+    }
+    for (int64_t line = 0; line < lines; ++line) {
+      kernels_->pack_panels({quarter.data() + line * kernels_->line_bytes, stride, rows.rows, line, lines, to});
+    }
+  }
+}
+
 void Network::pack_matrix(const MixerWeights& w, int64_t matrix, int64_t slot, int64_t item) const {
   const int64_t channels = shape_.channels;
   const bool composed = w.pw_coefficients != nullptr;
-  char* to = at(matrices_) + slot * matrix_bytes(channels, channels);
+  char* to = at(matrices_) + slot * pointwise_bytes();
   PackRowsArgs rows{
       .source = offset(w.pw_weight, w.type, composed ? 0 : matrix * channels * channels),
       .type = w.type,
@@ -116,7 +151,8 @@ void Network::pack_matrix(const MixerWeights& w, int64_t matrix, int64_t slot, i
       .to = to,
       .row_stride = row_stride(channels),
   };
-  if (form_ == MatrixForm::kPanels) return pack_panel(rows, item, to);
+  if (quartered_) return pack_quarters(rows, item, to);
+  if (form_ != MatrixForm::kRows) return pack_panel(rows, item, to);
   const int64_t first = item * kernels_->lanes;
   rows.source += first * channels * size_of(w.type);
   rows.rows = std::min(kernels_->lanes, channels - first);
@@ -165,10 +201,11 @@ Network::Depthwise Network::depthwise(int64_t block, int64_t line) const {
 
 Pointwise Network::pointwise(int64_t block, int64_t slot) const {
   const int64_t channels = shape_.channels, stride = padded(channels);
-  return {at(matrices_) + slot * matrix_bytes(channels, channels),
+  return {at(matrices_) + slot * pointwise_bytes(),
           form_ == MatrixForm::kRows ? row_stride(channels) : 0,
           channels,
           channels,
+          quartered_,
           floats(pw_bias_) + shape_.pw_index[block] * stride,
           floats(pw_gain_) + block * stride,
           floats(pw_affine_) + 2 * block * stride,
@@ -189,13 +226,13 @@ bool Network::reads(const Kernels& kernels, const NetworkShape& shape, const Mix
 Pointwise Network::stem() const {
   const int64_t stride = padded(shape_.channels);
   const float* v = floats(stem_vectors_);
-  return {at(stem_), 0, patch_inputs(), shape_.channels, v, v + stride, v + 2 * stride, v + 3 * stride};
+  return {at(stem_), 0, patch_inputs(), shape_.channels, false, v, v + stride, v + 2 * stride, v + 3 * stride};
 }
 
 Pointwise Network::head() const {
   const int64_t stride = padded(shape_.classes);
   const float* v = floats(head_vectors_);
-  return {at(head_), 0, shape_.channels, shape_.classes, v, v + stride, v + 2 * stride, v + 3 * stride};
+  return {at(head_), 0, shape_.channels, shape_.classes, false, v, v + stride, v + 2 * stride, v + 3 * stride};
 }
 
 // ---- blobs ----
@@ -211,7 +248,7 @@ struct BlobHeader {
   int64_t activation, pw_residual, type;
   // followed by dw_index, pw_index
 };
-constexpr char kMagic[8] = {'S', 'P', 'I', 'N', 'P', 'K', '0', '3'};
+constexpr char kMagic[8] = {'S', 'P', 'I', 'N', 'P', 'K', '0', '4'};
 
 int64_t header_bytes(int64_t depth) { return round_up(int64_t(sizeof(BlobHeader)) + 2 * depth * 8, kCacheLine); }
 
@@ -293,7 +330,8 @@ Network open_blob(char* blob, int64_t bytes) {
   }
   const std::vector<std::string> isas = available_isas();
   if (std::find(isas.begin(), isas.end(), h.isa) == isas.end()) refuse("weights packed for another processor");
-  Network network(select_kernels(s.type, h.isa), std::move(s), h.matrices, MatrixForm::kPanels);
+  const MatrixForm form = frozen_form(s);
+  Network network(select_kernels(s.type, h.isa), std::move(s), h.matrices, form);
   if (h.bytes != bytes || blob_bytes(network) != bytes) refuse("a wrong number of bytes");
   network.bind(blob + header_bytes(h.depth));
   return network;

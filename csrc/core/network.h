@@ -6,6 +6,7 @@
 
 #include "cpu.h"
 #include "kernels.h"
+#include "strassen.h"
 
 namespace spin {
 
@@ -39,14 +40,23 @@ struct EndWeights {
   const char *head_weight, *head_bias;
 };
 
-// How the matrices in a network's memory lie (kernels.h).
-enum class MatrixForm { kRows, kPanels };
+constexpr int64_t kSmallMatrix = 1 << 20;  // an L2 keeps it beside the rest
+
+// How the matrices in a network's memory lie (kernels.h). Quarters: panels, but large matrices between channels in
+// float32 in quarters, for Strassen's product (strassen.h).
+enum class MatrixForm { kRows, kPanels, kQuarters };
+
+// Of a frozen network: tokens of a whole one end in the same logits anyway, those of blocks alone stay apart.
+inline MatrixForm frozen_form(const NetworkShape& shape) {
+  return shape.whole() ? MatrixForm::kQuarters : MatrixForm::kPanels;
+}
 
 // A matrix with the four vectors of its epilogue.
 struct Pointwise {
   const char* matrix;
   int64_t row_stride;  // bytes; 0: panels
   int64_t input_channels, output_channels;
+  bool quartered;
   const float *bias, *gain, *scale, *shift;
 };
 
@@ -70,10 +80,18 @@ class Network {
   // `memory`: bytes() of it, 64-byte aligned; outlives the network's use.
   void bind(char* memory) { memory_ = memory; }
 
+  // Whether matrices between channels lie in quarters, a panel of each after the other; of one of them.
+  bool quartered() const { return quartered_; }
+  int64_t quarter_bytes(int64_t vectors) const { return vectors * vector_bytes(shape_.channels / 2); }
+  Panels quarter_panels() const {  // an even number: two threads have the same of them
+    return {shape_.channels / 2, kernels_->lanes, kernels_->panel_vectors, 2};
+  }
+
   // Packing, in independent items: everything but the matrices, and parts of a matrix.
   int64_t parameter_items() const { return shape_.filters + shape_.depth + shape_.matrices; }
   void pack_parameters(const MixerWeights& weights, int64_t item) const;
   int64_t matrix_items() const {
+    if (quartered_) return quarter_panels().count;
     return form_ == MatrixForm::kRows ? vectors(shape_.channels) : panels(shape_.channels).count;
   }
   void pack_matrix(const MixerWeights& weights, int64_t matrix, int64_t slot, int64_t item) const;
@@ -96,11 +114,18 @@ class Network {
   char* at(int64_t offset) const { return memory_ + offset; }
   float* floats(int64_t offset) const { return reinterpret_cast<float*>(memory_ + offset); }
   void pack_panel(PackRowsArgs rows, int64_t panel, char* matrix) const;
+  void pack_quarters(PackRowsArgs rows, int64_t panel, char* matrix) const;
+  // Of a matrix between channels.
+  int64_t pointwise_bytes() const {
+    return quartered_ ? kQuarters * quarter_bytes(vectors(shape_.channels / 2))
+                      : matrix_bytes(shape_.channels, shape_.channels);
+  }
   int64_t padded(int64_t channels) const { return round_up(channels, kernels_->line_channels); }
 
   const Kernels* kernels_;
   NetworkShape shape_;
   MatrixForm form_;
+  bool quartered_;
   char* memory_ = nullptr;
   int64_t bytes_ = 0;
   // Offsets in bytes.

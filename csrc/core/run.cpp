@@ -8,6 +8,9 @@
 //     depthwise: a line of x -> the same line of y
 //     pointwise: all of y -> a panel's channels of x
 //
+// and the product of large matrices is Strassen's (strassen.h): a line's partner in the other half of the channels
+// follows it, and sums of both.
+//
 // y stays in the L2 of the thread that uses it. Images are taken in groups, as many as it takes to fill the vectors
 // of tokens and to read a matrix for 256 of them (four images of 7 x 7, one of 16 x 16); their planes lie side by side
 // in a line, so that a product sees one long row of tokens.
@@ -39,6 +42,7 @@
 #include <utility>
 
 #include "packing_plan.h"
+#include "products.h"
 #include "workspace.h"
 
 namespace spin {
@@ -46,8 +50,6 @@ namespace {
 
 constexpr int64_t kPackedBytes = 4 << 20;  // of compositions that are summed ahead of their use
 constexpr int64_t kGroupTokens = 256;      // of small images together: weights are read once for all of them
-constexpr int64_t kSkewedTokens = 8;       // of a tile of a frozen network's product
-constexpr int64_t kSmallMatrix = 1 << 20;  // an L2 keeps it beside the rest
 
 // What happens to a group, one step after the other. Items of a step are independent of each other.
 struct Step {
@@ -83,17 +85,16 @@ class Runner {
         weights_(weights),
         plan_(std::move(plan)),
         batch_(batch),
-        parallel_(parallel) {
-    frozen_ = !weights_;
+        parallel_(parallel),
+        height_(grid(batch.input.height)),
+        width_(grid(batch.input.width)),
+        threads_(useful_threads(flops(), parallel)),
+        frozen_(!weights),
+        plain_(weights && !weights->pw_coefficients),
+        products_(network, threads_, plain_ && !Network::reads(k_, shape_, *weights) ? &weights->type : nullptr) {
     keeps_y_ = frozen_ || shape_.pw_residual;
-    plain_ = weights_ && !weights_->pw_coefficients;
-    converted_ = plain_ && !Network::reads(net_.kernels(), shape_, *weights_);
-    height_ = shape_.whole() ? grid(batch.input.height) : batch.input.height;
-    width_ = shape_.whole() ? grid(batch.input.width) : batch.input.width;
     lines_ = net_.lines(shape_.channels);
     plane_bytes_ = height_ * width_ * k_.line_bytes;
-    const double flops = 2.0 * batch.size * shape_.depth * height_ * width_ * shape_.channels * shape_.channels;
-    threads_ = useful_threads(flops, parallel);
     const int64_t image_bytes = lines_ * plane_bytes_;
     const int64_t fitting = std::min(band_bytes() / image_bytes, kGroupTokens / (height_ * width_));
     const int64_t fair = batch.size < threads_ ? batch.size : ceil_div(batch.size, int64_t(threads_));
@@ -106,6 +107,8 @@ class Runner {
     if (bands_ > 1 || (alone_ == 0 && group_ == 1 && bands_are_free())) {
       bands_ = std::min(round_up(bands_, sharers), height_);
     }
+    // However many threads there are, such an image is neither grouped nor cut: halves of the tokens are the same.
+    strassen_ = net_.quartered() && image_bytes <= band_bytes() && 2 * height_ * width_ > kGroupTokens;
   }
 
   void operator()() {
@@ -146,7 +149,11 @@ class Runner {
 
  private:
   int64_t grid(int64_t pixels) const {
+    if (!shape_.whole()) return pixels;
     return (pixels + 2 * shape_.patch_padding - shape_.patch) / shape_.patch_stride + 1;
+  }
+  double flops() const {
+    return 2.0 * batch_.size * shape_.depth * height_ * width_ * shape_.channels * shape_.channels;
   }
 
   // ---- plan ----
@@ -179,22 +186,23 @@ class Runner {
   // ---- memory ----
 
   // From one line to the next. A power of two would map the same tokens of all lines to a few sets of L1.
-  int64_t line_stride(int64_t bytes) const { return bytes + kSkewedTokens * k_.line_bytes; }
+  int64_t line_stride(int64_t bytes) const { return bytes + kTileTokens * k_.line_bytes; }
 
   int64_t measure(int64_t places) {
     x_bytes_ = lines_ * line_bytes_;
     x_count_ = bands_ > 1 ? 2 : 1;
     const int64_t tokens = group_ * ceil_div(height_, bands_) * width_;
     const int64_t patch_lines = shape_.whole() ? net_.lines(net_.patch_inputs()) : 0;
-    y_bytes_ = std::max(keeps_y_ ? lines_ : 1, patch_lines) * line_stride(tokens * k_.line_bytes);
+    const int64_t y_lines = keeps_y_ ? (strassen_ ? 2 : 1) * lines_ : 1;
+    y_bytes_ = std::max(y_lines, patch_lines) * line_stride(tokens * k_.line_bytes);
     panels_bytes_ = frozen_ ? 0 : lines_ * round_up(tokens, k_.lanes) * k_.line_bytes;
     scratch_bytes_ = round_up(k_.depthwise_scratch(height_, width_, shape_.kernel_size) * 4, kCacheLine);
-    rows_bytes_ = converted_ ? k_.lanes * net_.row_stride(shape_.channels) : 0;
+    product_bytes_ = products_.scratch_bytes(tokens);
     packed_bytes_ = weights_ ? round_up(net_.bytes(), kCacheLine) : 0;
     pooled_bytes_ = shape_.whole() ? lines_ * batch_.size * k_.line_bytes : 0;
     logits_bytes_ = shape_.whole() ? net_.lines(shape_.classes) * batch_.size * k_.line_bytes : 0;
     return packed_bytes_ + places * x_count_ * x_bytes_ +
-           threads_ * (y_bytes_ + panels_bytes_ + rows_bytes_ + scratch_bytes_) + pooled_bytes_ + logits_bytes_;
+           threads_ * (y_bytes_ + panels_bytes_ + product_bytes_ + scratch_bytes_) + pooled_bytes_ + logits_bytes_;
   }
 
   void place(char* memory, int64_t places) {
@@ -204,7 +212,7 @@ class Runner {
     x_ = take(places * x_count_ * x_bytes_);
     y_ = take(threads_ * y_bytes_);
     panels_ = take(threads_ * panels_bytes_);
-    rows_ = take(threads_ * rows_bytes_);
+    products_.bind(take(threads_ * product_bytes_), product_bytes_);
     scratch_ = take(threads_ * scratch_bytes_);
     pooled_ = take(pooled_bytes_);
     logits_ = take(logits_bytes_);
@@ -241,7 +249,9 @@ class Runner {
       case Step::kBand:
         return bands_;
       case Step::kPointwise:
-        return frozen_ ? net_.panels(shape_.channels).count : lines_;
+        return products_.parts(matrix(step.block));
+      case Step::kDepthwise:
+        return strassen_ ? lines_ / 2 : lines_;
       default:
         return lines_;
     }
@@ -267,7 +277,12 @@ class Runner {
       case Step::kEmbed:
         return embed(item, group, thread);
       case Step::kDepthwise:
-        return depthwise(step.block, item, group, thread);
+        depthwise(step.block, item, group, thread);
+        if (strassen_) {
+          depthwise(step.block, item + lines_ / 2, group, thread);
+          token_sums(item, group);
+        }
+        return;
       case Step::kPointwise:
         return pointwise(step.block, item, group, thread);
       case Step::kFused:
@@ -299,7 +314,7 @@ class Runner {
                      band.first_row, band.last_row, patches, stride});
     const Pointwise stem = net_.stem();
     char* x = group.x[0] + image * plane_bytes_ + band.offset;
-    product(stem, stem, {patches, stride, band.tokens, nullptr, 0, x, line_bytes_, shape_.activation}, thread);
+    products_.whole(stem, stem, {patches, stride, band.tokens, nullptr, 0, x, line_bytes_, shape_.activation}, thread);
   }
 
   // A line of y, of all rows of all images, and its place in the panels if there are any.
@@ -312,6 +327,17 @@ class Runner {
     pack_panels(y, group.count * height_ * width_, line, group.panels[d & 1]);
   }
 
+  // Frozen, of Strassen's product (strassen.h): behind y, and like it. Null: none.
+  char* sums(const Group& group) const { return strassen_ ? group.y + lines_ * line_bytes_ : nullptr; }
+
+  // Of a line of the first half and its partner in the second.
+  void token_sums(int64_t line, const Group& group) const {
+    const int64_t tokens = height_ * width_, half = ceil_div(tokens, 2);
+    const int64_t first = line * line_bytes_, second = first + lines_ / 2 * line_bytes_;
+    k_.token_sums(
+        {{group.y + first, group.y + second}, {sums(group) + first, sums(group) + second}, half, tokens - half});
+  }
+
   void pack_panels(const char* y, int64_t tokens, int64_t line, char* panels) const {
     if (!frozen_) k_.pack_panels({y, k_.line_bytes, tokens, line, lines_, panels});
   }
@@ -322,21 +348,21 @@ class Runner {
                   w.shift, shape_.activation, reinterpret_cast<float*>(scratch_ + thread * scratch_bytes_)});
   }
 
-  // A line of x, frozen the channels of a panel, of all tokens.
-  void pointwise(int64_t d, int64_t item, const Group& group, int thread) const {
-    const Operands operands{frozen_ ? group.y : group.panels[d & 1],
-                            line_bytes_,
-                            group.count * height_ * width_,
-                            shape_.pw_residual ? group.y : nullptr,
-                            line_bytes_,
-                            group.x[0],
-                            line_bytes_,
-                            shape_.activation};
-    if (frozen_) return run_panel(matrix(d), next_matrix(d), item, operands, group.shared ? threads_ : 1, thread);
-    const int64_t per_line = k_.line_channels / k_.lanes, vectors = net_.vectors(shape_.channels);
-    for (int64_t v = item * per_line; v < std::min((item + 1) * per_line, vectors); ++v) {
-      run_vector(matrix(d), next_matrix(d), v, operands, thread);
-    }
+  // Part of the output channels of all tokens.
+  void pointwise(int64_t d, int64_t part, const Group& group, int thread) const {
+    products_.part(matrix(d), next_matrix(d), part,
+                   {
+                       .input = frozen_ ? group.y : group.panels[d & 1],
+                       .input_stride = line_bytes_,
+                       .tokens = group.count * height_ * width_,
+                       .residual = shape_.pw_residual ? group.y : nullptr,
+                       .residual_stride = line_bytes_,
+                       .output = group.x[0],
+                       .output_stride = line_bytes_,
+                       .activation = shape_.activation,
+                       .sums = sums(group),
+                   },
+                   group.shared, thread);
   }
 
   void block(int64_t d, int64_t item, const Group& group, int thread) const {
@@ -349,10 +375,10 @@ class Runner {
       depthwise(d, line, band, x + line * line_bytes_, y_line, thread);
       pack_panels(y_line, band.tokens, line, panels);
     }
-    product(matrix(d), next_matrix(d),
-            {frozen_ ? y : panels, stride, band.tokens, shape_.pw_residual ? y : nullptr, stride,
-             group.x[(d + 1) & 1] + band.offset, line_bytes_, shape_.activation},
-            thread);
+    products_.whole(matrix(d), next_matrix(d),
+                    {frozen_ ? y : panels, stride, band.tokens, shape_.pw_residual ? y : nullptr, stride,
+                     group.x[(d + 1) & 1] + band.offset, line_bytes_, shape_.activation},
+                    thread);
   }
 
   Pointwise matrix(int64_t d) const {
@@ -360,99 +386,13 @@ class Runner {
   }
   Pointwise next_matrix(int64_t d) const { return matrix(std::min(d + 1, shape_.depth - 1)); }
 
-  struct Operands {
-    const char* input;     // panels; frozen: lines
-    int64_t input_stride;  // of lines
-    int64_t tokens;
-    const char* residual;
-    int64_t residual_stride;
-    char* out;
-    int64_t out_stride;
-    Activation activation;
-  };
-
-  // All rows of a matrix; `next` is the one that this thread reads after it.
-  void product(const Pointwise& w, const Pointwise& next, const Operands& o, int thread) const {
-    const int64_t parts = frozen_ ? net_.panels(w.output_channels).count : net_.vectors(w.output_channels);
-    for (int64_t part = 0; part < parts; ++part) {
-      if (frozen_) {
-        run_panel(w, next, part, o, 1, 0);
-      } else {
-        run_vector(w, next, part, o, thread);
-      }
-    }
-  }
-
-  ProductTarget target(const Pointwise& w, int64_t first_vector, const Operands& o, const char* prefetch,
-                       int64_t prefetch_bytes) const {
-    const int64_t channel = first_vector * k_.lanes;
-    return {
-        .first_vector = first_vector,
-        .bias = w.bias + channel,
-        .gain = w.gain + channel,
-        .scale = w.scale + channel,
-        .shift = w.shift + channel,
-        .residual = o.residual,
-        .residual_stride = o.residual_stride,
-        .output = o.out,
-        .output_stride = o.out_stride,
-        .tokens = o.tokens,
-        .activation = o.activation,
-        .prefetch = prefetch,
-        .prefetch_bytes = prefetch_bytes,
-    };
-  }
-
-  // A panel of a frozen matrix, one of those that `threads` share.
-  void run_panel(const Pointwise& w, const Pointwise& next, int64_t item, const Operands& o, int threads,
-                 int thread) const {
-    const Panels panels = net_.panels(w.output_channels);
-    const int64_t bytes = net_.vector_bytes(w.input_channels), first = panels.begin(item);
-    auto own = [&](int64_t thread) { return panels.count * thread / threads; };
-    const bool last = item + 1 == own(thread + 1);
-    const int64_t ahead = last ? own(thread) : std::min(item + 1, panels.count - 1);
-    k_.panel_product({
-        .panel = w.matrix + first * bytes,
-        .vectors = panels.begin(item + 1) - first,
-        .input_channels = w.input_channels,
-        .input = o.input,
-        .input_stride = o.input_stride,
-        .to = target(w, first, o, (last ? next : w).matrix + panels.begin(ahead) * bytes,
-                     (panels.begin(ahead + 1) - panels.begin(ahead)) * bytes),
-    });
-  }
-
-  void run_vector(const Pointwise& w, const Pointwise& next, int64_t vector, const Operands& o, int thread) const {
-    const int64_t channel = vector * k_.lanes, after = channel + k_.lanes;
-    const bool last = after >= w.output_channels;
-    const Pointwise& ahead = last ? next : w;
-    const int64_t first_ahead = last ? 0 : after, rows = std::min(k_.lanes, w.output_channels - channel);
-    const char* weights = w.matrix + channel * w.row_stride;
-    int64_t row_stride = w.row_stride;
-    if (converted_) {
-      char* to = rows_ + thread * rows_bytes_;
-      row_stride = net_.row_stride(w.input_channels);
-      k_.pack_rows({weights, weights_->type, 1, 0, nullptr, rows, w.input_channels, to, row_stride});
-      weights = to;
-    }
-    k_.product({
-        .panels = o.input,
-        .input_channels = w.input_channels,
-        .weights = weights,
-        .row_stride = row_stride,
-        .output_channels = rows,
-        .to = target(w, vector, o, ahead.matrix + first_ahead * ahead.row_stride,
-                     std::min(k_.lanes, ahead.output_channels - first_ahead) * ahead.row_stride),
-    });
-  }
-
   // The classifier: one product whose tokens are the images of the batch.
   void classify(Team& team, int thread, int64_t phase) const {
     const Pointwise w = net_.head();
     const int64_t stride = batch_.size * k_.line_bytes;
-    team.phase(thread, phase, net_.panels(shape_.classes).count, [&](int64_t panel) {
-      run_panel(w, w, panel, {pooled_, stride, batch_.size, nullptr, 0, logits_, stride, Activation::kIdentity},
-                threads_, thread);
+    team.phase(thread, phase, products_.parts(w), [&](int64_t part) {
+      products_.part(w, w, part, {pooled_, stride, batch_.size, nullptr, 0, logits_, stride, Activation::kIdentity},
+                     true, thread);
     });
     External to = batch_.output;
     to.channels = shape_.classes, to.height = 1, to.width = batch_.size;
@@ -479,16 +419,17 @@ class Runner {
   const PackingPlan plan_;
   const Batch& batch_;
   const Parallel& parallel_;
-  int64_t height_, width_, lines_, bands_;
-  int64_t group_, groups_, alone_;  // images in a group; groups; those that a thread takes alone
-  int threads_;
-  bool frozen_, keeps_y_;                     // matrices lie in panels; all lines of y are needed at once
-  bool plain_, converted_;                    // matrices are read where they are; and are of another type
+  const int64_t height_, width_;  // tokens
+  const int threads_;
+  const bool frozen_, plain_;  // matrices lie in panels; they are read where they are
+  Products products_;
+  int64_t lines_, bands_;
+  int64_t group_, groups_, alone_;            // images in a group; groups; those that a thread takes alone
+  bool keeps_y_, strassen_;                   // all lines of y are needed at once; and their sums are (strassen.h)
   int64_t plane_bytes_ = 0, line_bytes_ = 0;  // of an image and of a group, in one line of channels
-  int64_t panels_bytes_ = 0, rows_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0;
+  int64_t panels_bytes_ = 0, product_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0;
   int64_t packed_bytes_ = 0, pooled_bytes_ = 0, logits_bytes_ = 0;
-  char *x_ = nullptr, *y_ = nullptr, *panels_ = nullptr, *rows_ = nullptr, *scratch_ = nullptr, *pooled_ = nullptr,
-       *logits_ = nullptr;
+  char *x_ = nullptr, *y_ = nullptr, *panels_ = nullptr, *scratch_ = nullptr, *pooled_ = nullptr, *logits_ = nullptr;
 };
 
 }  // namespace

@@ -95,7 +95,7 @@ py::array mixer(const py::array& x, const py::array& dw_weight, const std::optio
                 const py::array& pw_affine, const std::vector<int64_t>& pw_index,
                 const std::optional<std::vector<int64_t>>& dw_index, const std::optional<py::array>& pw_coefficients,
                 const std::optional<py::array>& pw_gain, const std::string& activation, bool pw_residual, int threads,
-                const std::string& isa, bool packed) {
+                const std::string& isa, bool packed, bool quarters) {
   const auto [s, weights] = read_mixer(x, dw_weight, dw_bias, dw_affine, pw_weight, pw_bias, pw_affine, pw_index,
                                        dw_index, pw_coefficients, pw_gain, activation, pw_residual);
   const DType type = s.type;
@@ -109,7 +109,7 @@ py::array mixer(const py::array& x, const py::array& dw_weight, const std::optio
     run_unpacked(kernels, s, weights, batch, parallel);
     return y;
   }
-  Network network(kernels, s, s.matrices, MatrixForm::kPanels);
+  Network network(kernels, s, s.matrices, quarters ? MatrixForm::kQuarters : MatrixForm::kPanels);
   Workspace memory(network.bytes());
   network.bind(memory.data());
   for (int64_t item = 0; item < network.parameter_items(); ++item) network.pack_parameters(weights, item);
@@ -265,8 +265,9 @@ PYBIND11_MODULE(spin_runtime, m) {
   m.def("mixer", &spin::mixer, "x"_a, "dw_weight"_a, "dw_bias"_a, "dw_affine"_a, "pw_weight"_a, "pw_bias"_a,
         "pw_affine"_a, "pw_index"_a, py::kw_only(), "dw_index"_a = py::none(), "pw_coefficients"_a = py::none(),
         "pw_gain"_a = py::none(), "activation"_a = "gelu", "pw_residual"_a = false, "threads"_a = 1, "isa"_a = "",
-        "packed"_a = false,
-        "shared_mixer_block on contiguous weights; packed=True runs from weights that were all packed first.");
+        "packed"_a = false, "quarters"_a = false,
+        "shared_mixer_block on contiguous weights; packed=True runs from weights that were all packed first, with "
+        "quarters=True as those of a whole frozen network are.");
   m.def("mixer_gradients", &spin::mixer_gradients, "grad"_a, "x"_a, "dw_weight"_a, "dw_bias"_a, "dw_affine"_a,
         "pw_weight"_a, "pw_bias"_a, "pw_affine"_a, "pw_index"_a, py::kw_only(), "dw_index"_a = py::none(),
         "pw_coefficients"_a = py::none(), "pw_gain"_a = py::none(), "activation"_a = "gelu", "pw_residual"_a = false,

@@ -132,7 +132,8 @@ Tensors9 mixer_backward_cpu(const Tensor& grad, const Tensor& dw_stats, const Te
 Tensor pack(const Tensor& like, NetworkShape shape, const MixerWeights& weights, const EndWeights* ends) {
   const Kernels& kernels = select_kernels(shape.type, forced_isa());
   const int64_t matrices = shape.matrices;
-  Network network(kernels, std::move(shape), matrices, MatrixForm::kPanels);
+  const MatrixForm form = frozen_form(shape);
+  Network network(kernels, std::move(shape), matrices, form);
   const int64_t bytes = blob_bytes(network);
   Tensor blob = torch::stable::new_empty(like, {&bytes, 1}, ScalarType::Byte);
   char* data = mutable_bytes(blob);

@@ -1,0 +1,142 @@
+#include "products.h"
+
+#include <algorithm>
+#include <span>
+
+namespace spin {
+
+// Of a panel, for all tiles of so many tokens.
+int64_t Products::kept_bytes(int64_t tokens) const {
+  return round_up(tokens, kTileTokens) * k_.panel_vectors * k_.lanes * int64_t(sizeof(float));
+}
+
+int64_t Products::scratch_bytes(int64_t tokens) const {
+  if (converted_) return k_.lanes * net_.row_stride(net_.shape().channels);
+  // Two buffers for a half of the tokens, or one for all.
+  return net_.quartered() ? 2 * kept_bytes(ceil_div(tokens, 2)) : 0;
+}
+
+int64_t Products::parts(const Pointwise& w) const {
+  return w.row_stride ? net_.lines(w.output_channels) : panels(w).count;
+}
+
+void Products::part(const Pointwise& w, const Pointwise& next, int64_t part, const ProductOperands& o, bool shared,
+                    int thread) const {
+  if (w.row_stride) {
+    const int64_t per_line = k_.line_channels / k_.lanes, vectors = net_.vectors(w.output_channels);
+    for (int64_t v = part * per_line; v < std::min((part + 1) * per_line, vectors); ++v) rows(w, next, v, o, thread);
+    return;
+  }
+  const Panels panels = this->panels(w);
+  const int64_t sharers = shared ? threads_ : 1, self = shared ? thread : 0;
+  auto own = [&](int64_t thread) { return panels.count * thread / sharers; };
+  const bool last = part + 1 == own(self + 1);
+  const int64_t after = last ? own(self) : std::min(part + 1, panels.count - 1);
+  const Pointwise& source = last ? next : w;
+  const Ahead ahead{panel_begin(source, after), panel_bytes(source, panels.begin(after + 1) - panels.begin(after))};
+  if (w.quartered) {
+    quarters(w, part, ahead, o, thread);
+  } else {
+    panel(w, part, ahead, o);
+  }
+}
+
+ProductTarget Products::target(const Pointwise& w, int64_t first_vector, const ProductOperands& o,
+                               const Ahead& ahead) const {
+  const int64_t channel = first_vector * k_.lanes;
+  return {
+      .first_vector = first_vector,
+      .bias = w.bias + channel,
+      .gain = w.gain + channel,
+      .scale = w.scale + channel,
+      .shift = w.shift + channel,
+      .residual = o.residual,
+      .residual_stride = o.residual_stride,
+      .output = o.output,
+      .output_stride = o.output_stride,
+      .tokens = o.tokens,
+      .activation = o.activation,
+      .prefetch = ahead.data,
+      .prefetch_bytes = ahead.bytes,
+  };
+}
+
+void Products::rows(const Pointwise& w, const Pointwise& next, int64_t vector, const ProductOperands& o,
+                    int thread) const {
+  const int64_t channel = vector * k_.lanes, after = channel + k_.lanes;
+  const bool last = after >= w.output_channels;
+  const Pointwise& ahead = last ? next : w;
+  const int64_t first_ahead = last ? 0 : after, rows = std::min(k_.lanes, w.output_channels - channel);
+  const char* weights = w.matrix + channel * w.row_stride;
+  int64_t row_stride = w.row_stride;
+  if (converted_) {
+    char* to = scratch_ + thread * scratch_stride_;
+    row_stride = net_.row_stride(w.input_channels);
+    k_.pack_rows({weights, *converted_, 1, 0, nullptr, rows, w.input_channels, to, row_stride});
+    weights = to;
+  }
+  k_.product({
+      .panels = o.input,
+      .input_channels = w.input_channels,
+      .weights = weights,
+      .row_stride = row_stride,
+      .output_channels = rows,
+      .to = target(w, vector, o,
+                   {ahead.matrix + first_ahead * ahead.row_stride,
+                    std::min(k_.lanes, ahead.output_channels - first_ahead) * ahead.row_stride}),
+  });
+}
+
+void Products::panel(const Pointwise& w, int64_t panel, const Ahead& ahead, const ProductOperands& o) const {
+  const Panels panels = this->panels(w);
+  const int64_t first = panels.begin(panel);
+  k_.panel_product({
+      .panel = panel_begin(w, panel),
+      .vectors = panels.begin(panel + 1) - first,
+      .input_channels = w.input_channels,
+      .input = o.input,
+      .input_stride = o.input_stride,
+      .to = target(w, first, o, ahead),
+  });
+}
+
+void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, const ProductOperands& o,
+                        int thread) const {
+  const std::span<const QuarterStep> steps =
+      o.sums ? std::span<const QuarterStep>(kStrassenSteps) : std::span<const QuarterStep>(kPlainSteps);
+  const Panels panels = this->panels(w);
+  const int64_t first = panels.begin(panel), vectors = panels.begin(panel + 1) - first;
+  const int64_t half = w.output_channels / 2, bytes = panel_bytes(w, vectors);
+  const int64_t tokens = o.sums ? ceil_div(o.tokens, 2) : o.tokens;
+  const int64_t second[] = {(o.tokens - tokens) * k_.line_bytes, tokens * k_.line_bytes};  // of Y, of its sums
+  const char* matrix = panel_begin(w, panel);
+  auto kept = [&](int i) {
+    return i < 0 ? nullptr : reinterpret_cast<float*>(scratch_ + thread * scratch_stride_ + i * kept_bytes(tokens));
+  };
+  for (size_t i = 0; i < steps.size(); ++i) {
+    const QuarterStep& step = steps[i];
+    const bool last = i + 1 == steps.size();
+    const int64_t offset = step.output.token_half() * second[0];
+    ProductOperands to = o;
+    to.tokens = tokens;
+    to.output += offset;
+    if (to.residual) to.residual += offset;
+    k_.panel_product({
+        .panel = matrix + step.weights * bytes,
+        .vectors = vectors,
+        .input_channels = half,
+        .input = (step.input.in_sums() ? o.sums : o.input) +
+                 step.input.channel_half() * net_.lines(half) * o.input_stride +
+                 step.input.token_half() * second[step.input.in_sums()],
+        .input_stride = o.input_stride,
+        .to = target(w, first + step.output.channel_half() * net_.vectors(half), to,
+                     last ? ahead : Ahead{matrix + steps[i + 1].weights * bytes, bytes}),
+        .from = kept(step.from),
+        .keep = kept(step.keep),
+        .base = kept(step.base),
+        .finished = step.base >= 0,
+    });
+  }
+}
+
+}  // namespace spin

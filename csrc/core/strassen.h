@@ -1,0 +1,95 @@
+// One level of Strassen's product, in Winograd's form, for the pointwise matrices of a frozen network: seven products
+// of quarters instead of eight.
+//
+//     W = W11 W12   W: halves of the output channels by halves of the input channels
+//         W21 W22
+//     Y = Y11 Y12   Y: halves of the input channels by halves of the tokens of an image (of an odd number the middle
+//         Y21 Y22      one is in both)
+//
+//     S1 = W21 + W22   S2 = S1 - W11   S3 = W11 - W21   S4 = W12 - S2      once, by freeze()
+//     T1 = Y12 - Y11   T2 = Y22 - T1   T3 = Y22 - Y12   T4 = Y21 - T2      by the thread that makes Y
+//
+//     U = W11 Y11 + S2 T2        W Y = W11 Y11 + W12 Y21     U + S1 T1 + S4 Y22
+//     U' = U + S3 T3                   U' + W22 T4           U' + S1 T1
+//
+// Sums of products stay with the tile that makes them: a step takes them from, and leaves them in, one of two buffers
+// of a panel's size ("kept"), or finishes them.
+//
+// Cost: 7/8 of the multiply-adds; 2 % of their number again in vectors kept and taken; sums of Y another 1 %. Memory:
+// with the quarter that only a plain product needs, which other sizes of images get, twice the matrix. Time of whole
+// networks on a Zen 5 processor, medians of several launches in turns: 768/32 at batch 1 and 8 0.93 and 0.92, 1024/20
+// 0.93 and 0.93; at batch 1 up to 1.06 while neighbours are busy. Of no help: asking for the next tile's tokens ahead,
+// several panels per step, half as many tokens.
+//
+// Numerics: the error of a part of the output grows with all of W and Y, not with its own row and column. So only
+// between the ends of a whole network, whose logits mix all tokens of an image anyway, never across images, and in
+// float32: there the error of a block is 1.4 to 2.2 times that of a plain product, 2.8e-7 to 6.2e-7 of the output, and
+// that of 768/32's logits 3.2e-7 instead of 3.1e-7. In bfloat16 Strassen's own sums of two cost 1.1 to 1.4 times the
+// error of the logits, for 0.94 to 1.1 of the time.
+#pragma once
+#include "kernels.h"
+
+namespace spin {
+
+// Quarters of a matrix, and sums of them, in the order in which they lie in memory.
+enum Quarter { kW11, kW12, kS2, kS3, kS1, kS4, kW22, kW21, kQuarters };
+
+// Where an operand or a result lies: number / 4: in Y (and the output) or in T; / 2: half of the channels; half of the
+// tokens.
+struct Place {
+  int number;
+  constexpr int in_sums() const { return number / 4; }
+  constexpr int channel_half() const { return number / 2 % 2; }
+  constexpr int token_half() const { return number % 2; }
+};
+constexpr Place k11{0}, k12{1}, k21{2}, k22{3}, kT1{4}, kT2{5}, kT3{6}, kT4{7};
+
+// kept[from] plus the product goes to kept[keep], kept[base] plus the product is the output's. -1: from zero; not.
+struct QuarterStep {
+  Quarter weights;
+  Place input;
+  int from = -1, keep = -1, base = -1;
+  Place output = k11;
+};
+
+constexpr QuarterStep kStrassenSteps[] = {
+    {.weights = kW11, .input = k11, .keep = 0},
+    {.weights = kW12, .input = k21, .base = 0, .output = k11},
+    {.weights = kS2, .input = kT2, .from = 0, .keep = 0},
+    {.weights = kS3, .input = kT3, .from = 0, .keep = 1},
+    {.weights = kS1, .input = kT1, .from = 0, .keep = 0, .base = 1, .output = k22},
+    {.weights = kS4, .input = k22, .base = 0, .output = k12},
+    {.weights = kW22, .input = kT4, .base = 1, .output = k21},
+};
+
+// The plain product of the same matrix; the first half of the tokens is all of them.
+constexpr QuarterStep kPlainSteps[] = {
+    {.weights = kW11, .input = k11, .keep = 0},
+    {.weights = kW12, .input = k21, .base = 0, .output = k11},
+    {.weights = kW22, .input = k21, .keep = 0},
+    {.weights = kW21, .input = k11, .base = 0, .output = k21},
+};
+
+// T of two lines of Y, half of the lines apart.
+struct TokenSumsArgs {
+  const char* lines[2];
+  char* sums[2];         // T1 T2, T3 T4
+  int64_t half, second;  // tokens of a half; the first token of the second half of Y (of T: `half`)
+};
+
+template <class V>
+void token_sums(const TokenSumsArgs& a) {
+  constexpr int64_t kLineBytes = V::kLanes * sizeof(float);
+  for (int64_t left = 0; left < a.half * kLineBytes; left += kLineBytes) {
+    const int64_t right = left + a.second * kLineBytes, second = left + a.half * kLineBytes;
+    const auto y11 = V::load(a.lines[0] + left), y12 = V::load(a.lines[0] + right);
+    const auto y21 = V::load(a.lines[1] + left), y22 = V::load(a.lines[1] + right);
+    const auto t1 = V::sub(y12, y11), t2 = V::sub(y22, t1);
+    V::store(a.sums[0] + left, t1);
+    V::store(a.sums[0] + second, t2);
+    V::store(a.sums[1] + left, V::sub(y22, y12));
+    V::store(a.sums[1] + second, V::sub(y21, t2));
+  }
+}
+
+}  // namespace spin
