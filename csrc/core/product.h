@@ -26,11 +26,11 @@
 //
 // V has the operands, Out the chain: the same in inference; training's chain is float32 whatever it multiplies.
 //
-// Numerics: float32 sums in order of the input channel, 256 at a time and those added up, the same for every tile shape
-// and thread count. A sum's rounding grows with its length: in ConvMixer 1024/20 the error of the logits is 0.65 of
-// what single sums of 1024 leave, that of eager PyTorch. Time on an AMD EPYC (AVX2), float32, batch 1, medians of ten
-// launches of both: 768/32 0.97, 1024/20 1.01, 256/8 1.03 (blocks of 128: 1.11, 1.03, 1.08; the tiles of a vector of
-// rows within a block before the next block: 1.13, 1.01, 1.08, of four to six).
+// Numerics: float32 sums in order of the input channel, 256 at a time (of quarters 64) and those added up, the same for
+// every tile shape and thread count. A sum's rounding grows with its length: in ConvMixer 1024/20 the error of the
+// logits is 0.65 of what single sums of 1024 leave, that of eager PyTorch. Time on an AMD EPYC (AVX2), float32, batch
+// 1, medians of ten launches of both: 768/32 0.97, 1024/20 1.01, 256/8 1.03 (blocks of 128: 1.11, 1.03, 1.08; the tiles
+// of a vector of rows within a block before the next block: 1.13, 1.01, 1.08, of four to six).
 #pragma once
 #include "epilogue.h"
 #include "kernels.h"
@@ -46,7 +46,7 @@ struct Product {
 
   static constexpr int64_t kLineChannels = V::kLanes * V::kLineVectors;
   static constexpr bool kPairs = V::kLineVectors == 2;  // a unit holds two channels
-  static constexpr int64_t kSumLines = 256 / kLineChannels;
+  static constexpr int64_t kSumLines = 256 / kLineChannels, kFineSumLines = 64 / kLineChannels;
 
   static void pack_panels(const PackPanelsArgs& a) {
     // A line of panels of bf16 takes two lines of a float32 chain; half a transposition is then for nothing.
@@ -114,6 +114,7 @@ struct Product {
   struct Rows {
     const char* first;
     int64_t row_stride, line_stride;  // bytes
+    int64_t sum_lines = kSumLines;    // in a sum before it is added up with others
   };
 
 #pragma GCC diagnostic push
@@ -156,14 +157,14 @@ struct Product {
       }
     };
     const int64_t lines = channels / kLineChannels, rest = channels % kLineChannels;
-    for (int64_t first = 0; first < lines; first += kSumLines) {
+    for (int64_t first = 0; first < lines; first += rows.sum_lines) {
       if (first) {
-        each([first](F& s, float* part) __attribute__((always_inline)) {
-          V::store(part, first > kSumLines ? V::add(V::load(part), s) : s);
+        each([first, &rows](F& s, float* part) __attribute__((always_inline)) {
+          V::store(part, first > rows.sum_lines ? V::add(V::load(part), s) : s);
           s = V::zero();
         });
       }
-      const int64_t last = lines < first + kSumLines ? lines : first + kSumLines;
+      const int64_t last = lines < first + rows.sum_lines ? lines : first + rows.sum_lines;
       for (int64_t line = first; line < last; ++line, row += rows.line_stride) {
         prefetch.step();
         if constexpr (V::kTileSteps == 8) {  // the pragma takes no constant of a template
@@ -179,7 +180,8 @@ struct Product {
     for (int64_t channel = 0; channel < rest; channel += V::kLineVectors, row += kUnitBytes) {
       step(row, kPairs && channel + 1 == rest);
     }
-    if (lines > kSumLines) each([](F& s, float* part) __attribute__((always_inline)) { s = V::add(V::load(part), s); });
+    if (lines > rows.sum_lines)
+      each([](F& s, float* part) __attribute__((always_inline)) { s = V::add(V::load(part), s); });
     finish(sum);
   }
 
@@ -265,7 +267,8 @@ struct Product {
   template <int kVectors, Activation kActivation>
   static __attribute__((noinline)) void panel_tokens(const PanelProductArgs& a, int64_t i, int64_t token,
                                                      int64_t tokens, Prefetch& prefetch) {
-    const Rows rows{a.input + token * kLineBytes, kLineBytes, a.input_stride};
+    const Rows rows{a.input + token * kLineBytes, kLineBytes, a.input_stride,
+                    a.keep || a.base ? kFineSumLines : kSumLines};
     const int64_t place = i * V::kTileRows * kVectors * V::kLanes;
     if (tokens == V::kTileRows) {
       return tile<V::kTileRows, kVectors>(

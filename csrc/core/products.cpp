@@ -16,10 +16,6 @@ int64_t Products::scratch_bytes(int64_t tokens) const {
   return net_.quartered() ? 2 * kept_bytes(ceil_div(tokens, 2)) : 0;
 }
 
-int64_t Products::parts(const Pointwise& w) const {
-  return w.row_stride ? net_.lines(w.output_channels) : panels(w).count;
-}
-
 void Products::part(const Pointwise& w, const Pointwise& next, int64_t part, const ProductOperands& o, bool shared,
                     int thread) const {
   if (w.row_stride) {
@@ -29,13 +25,15 @@ void Products::part(const Pointwise& w, const Pointwise& next, int64_t part, con
   }
   const Panels panels = this->panels(w);
   const int64_t sharers = shared ? threads_ : 1, self = shared ? thread : 0;
-  auto own = [&](int64_t thread) { return panels.count * thread / sharers; };
+  const int64_t pieces = this->pieces(w, shared), count = panels.count * pieces;
+  auto own = [&](int64_t thread) { return count * thread / sharers; };
   const bool last = part + 1 == own(self + 1);
-  const int64_t after = last ? own(self) : std::min(part + 1, panels.count - 1);
+  const int64_t after = (last ? own(self) : std::min(part + 1, count - 1)) / pieces;
   const Pointwise& source = last ? next : w;
   const Ahead ahead{panel_begin(source, after), panel_bytes(source, panels.begin(after + 1) - panels.begin(after))};
   if (w.quartered) {
-    quarters(w, part, ahead, o, thread);
+    const int64_t piece = part % pieces, tiles = ceil_div(step_tokens(o), kTileTokens);
+    quarters(w, part / pieces, tiles * piece / pieces, tiles * (piece + 1) / pieces, ahead, o, thread);
   } else {
     panel(w, part, ahead, o);
   }
@@ -100,15 +98,15 @@ void Products::panel(const Pointwise& w, int64_t panel, const Ahead& ahead, cons
   });
 }
 
-void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, const ProductOperands& o,
-                        int thread) const {
+void Products::quarters(const Pointwise& w, int64_t panel, int64_t first_tile, int64_t last_tile, const Ahead& ahead,
+                        const ProductOperands& o, int thread) const {
   const std::span<const QuarterStep> steps =
       o.sums ? std::span<const QuarterStep>(kStrassenSteps) : std::span<const QuarterStep>(kPlainSteps);
   const Panels panels = this->panels(w);
   const int64_t first = panels.begin(panel), vectors = panels.begin(panel + 1) - first;
   const int64_t half = w.output_channels / 2, bytes = panel_bytes(w, vectors);
-  const int64_t tokens = o.sums ? ceil_div(o.tokens, 2) : o.tokens;
-  const int64_t second[] = {(o.tokens - tokens) * k_.line_bytes, tokens * k_.line_bytes};  // of Y, of its sums
+  const int64_t tokens = step_tokens(o), first_token = first_tile * kTileTokens;
+  const int64_t second = tokens * k_.line_bytes;  // where the second half begins
   const char* matrix = panel_begin(w, panel);
   auto kept = [&](int i) {
     return i < 0 ? nullptr : reinterpret_cast<float*>(scratch_ + thread * scratch_stride_ + i * kept_bytes(tokens));
@@ -116,9 +114,9 @@ void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, c
   for (size_t i = 0; i < steps.size(); ++i) {
     const QuarterStep& step = steps[i];
     const bool last = i + 1 == steps.size();
-    const int64_t offset = step.output.token_half() * second[0];
+    const int64_t skipped = first_token * k_.line_bytes, offset = step.output.token_half() * second + skipped;
     ProductOperands to = o;
-    to.tokens = tokens;
+    to.tokens = std::min(last_tile * kTileTokens, tokens) - first_token;
     to.output += offset;
     if (to.residual) to.residual += offset;
     k_.panel_product({
@@ -126,8 +124,8 @@ void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, c
         .vectors = vectors,
         .input_channels = half,
         .input = (step.input.in_sums() ? o.sums : o.input) +
-                 step.input.channel_half() * net_.lines(half) * o.input_stride +
-                 step.input.token_half() * second[step.input.in_sums()],
+                 step.input.channel_half() * net_.lines(half) * o.input_stride + step.input.token_half() * second +
+                 skipped,
         .input_stride = o.input_stride,
         .to = target(w, first + step.output.channel_half() * net_.vectors(half), to,
                      last ? ahead : Ahead{matrix + steps[i + 1].weights * bytes, bytes}),

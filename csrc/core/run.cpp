@@ -249,7 +249,7 @@ class Runner {
       case Step::kBand:
         return bands_;
       case Step::kPointwise:
-        return products_.parts(matrix(step.block));
+        return products_.parts(matrix(step.block), group.shared);
       case Step::kDepthwise:
         return strassen_ ? lines_ / 2 : lines_;
       default:
@@ -332,10 +332,8 @@ class Runner {
 
   // Of a line of the first half and its partner in the second.
   void token_sums(int64_t line, const Group& group) const {
-    const int64_t tokens = height_ * width_, half = ceil_div(tokens, 2);
     const int64_t first = line * line_bytes_, second = first + lines_ / 2 * line_bytes_;
-    k_.token_sums(
-        {{group.y + first, group.y + second}, {sums(group) + first, sums(group) + second}, half, tokens - half});
+    k_.token_sums({{group.y + first, group.y + second}, {sums(group) + first, sums(group) + second}, height_ * width_});
   }
 
   void pack_panels(const char* y, int64_t tokens, int64_t line, char* panels) const {
@@ -390,7 +388,7 @@ class Runner {
   void classify(Team& team, int thread, int64_t phase) const {
     const Pointwise w = net_.head();
     const int64_t stride = batch_.size * k_.line_bytes;
-    team.phase(thread, phase, products_.parts(w), [&](int64_t part) {
+    team.phase(thread, phase, products_.parts(w, true), [&](int64_t part) {
       products_.part(w, w, part, {pooled_, stride, batch_.size, nullptr, 0, logits_, stride, Activation::kIdentity},
                      true, thread);
     });

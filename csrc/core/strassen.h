@@ -3,8 +3,8 @@
 //
 //     W = W11 W12   W: halves of the output channels by halves of the input channels
 //         W21 W22
-//     Y = Y11 Y12   Y: halves of the input channels by halves of the tokens of an image (of an odd number the middle
-//         Y21 Y22      one is in both)
+//     Y = Y11 Y12   Y: halves of the input channels by halves of the tokens of an image (of an odd number with
+//         Y21 Y22      one of zeros behind them)
 //
 //     S1 = W21 + W22   S2 = S1 - W11   S3 = W11 - W21   S4 = W12 - S2      once, by freeze()
 //     T1 = Y12 - Y11   T2 = Y22 - T1   T3 = Y22 - Y12   T4 = Y21 - T2      by the thread that makes Y
@@ -17,15 +17,16 @@
 //
 // Cost: 7/8 of the multiply-adds; 2 % of their number again in vectors kept and taken; sums of Y another 1 %. Memory:
 // with the quarter that only a plain product needs, which other sizes of images get, twice the matrix. Time of whole
-// networks on a Zen 5 processor, medians of several launches in turns: 768/32 at batch 1 and 8 0.93 and 0.92, 1024/20
-// 0.93 and 0.93; at batch 1 up to 1.06 while neighbours are busy. Of no help: asking for the next tile's tokens ahead,
-// several panels per step, half as many tokens.
+// networks on a Zen 5 processor, medians in turns: 768/32 and 1024/20 at batch 8 0.92 to 0.96, at batch 1 0.93 to 0.96,
+// up to 1.06 while neighbours are busy; with AVX2 kernels there 0.95 to 0.96. Of no help: asking for the next tile's
+// tokens ahead, several panels per step, half as many tokens.
 //
 // Numerics: the error of a part of the output grows with all of W and Y, not with its own row and column. So only
 // between the ends of a whole network, whose logits mix all tokens of an image anyway, never across images, and in
-// float32: there the error of a block is 1.4 to 2.2 times that of a plain product, 2.8e-7 to 6.2e-7 of the output, and
-// that of 768/32's logits 3.2e-7 instead of 3.1e-7. In bfloat16 Strassen's own sums of two cost 1.1 to 1.4 times the
-// error of the logits, for 0.94 to 1.1 of the time.
+// float32, with sums of 64 channels that are then added up: of 256, 1024/20's logits on photographs are wrong by
+// 1.4e-5, of 128 by 1.05e-5, of 64 by 0.93e-5 (plain product 0.82e-5, eager PyTorch 1.0e-5), 768/32's by 6.6e-7
+// (6.2e-7, 7.3e-7). In bfloat16 Strassen's own sums of two cost 1.1 to 1.4 times the error of the logits, for 0.94
+// to 1.1 of the time.
 #pragma once
 #include "kernels.h"
 
@@ -72,23 +73,26 @@ constexpr QuarterStep kPlainSteps[] = {
 
 // T of two lines of Y, half of the lines apart.
 struct TokenSumsArgs {
-  const char* lines[2];
-  char* sums[2];         // T1 T2, T3 T4
-  int64_t half, second;  // tokens of a half; the first token of the second half of Y (of T: `half`)
+  char* lines[2];  // with room for a token more
+  char* sums[2];   // T1 T2, T3 T4
+  int64_t tokens;
 };
 
 template <class V>
 void token_sums(const TokenSumsArgs& a) {
   constexpr int64_t kLineBytes = V::kLanes * sizeof(float);
-  for (int64_t left = 0; left < a.half * kLineBytes; left += kLineBytes) {
-    const int64_t right = left + a.second * kLineBytes, second = left + a.half * kLineBytes;
+  const int64_t half = ceil_div(a.tokens, 2) * kLineBytes, end = a.tokens * kLineBytes;
+  if (2 * half > end) {
+    for (char* line : a.lines) V::store(line + end, V::zero());
+  }
+  for (int64_t left = 0, right = half; left < half; left += kLineBytes, right += kLineBytes) {
     const auto y11 = V::load(a.lines[0] + left), y12 = V::load(a.lines[0] + right);
     const auto y21 = V::load(a.lines[1] + left), y22 = V::load(a.lines[1] + right);
     const auto t1 = V::sub(y12, y11), t2 = V::sub(y22, t1);
     V::store(a.sums[0] + left, t1);
-    V::store(a.sums[0] + second, t2);
+    V::store(a.sums[0] + right, t2);
     V::store(a.sums[1] + left, V::sub(y22, y12));
-    V::store(a.sums[1] + second, V::sub(y21, t2));
+    V::store(a.sums[1] + right, V::sub(y21, t2));
   }
 }
 
