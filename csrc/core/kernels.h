@@ -74,11 +74,12 @@ struct PanelProductArgs {
   int64_t input_stride;  // bytes from one line to the next
   ProductTarget to;
   // One of several products that are added up: `from` plus this goes to `keep`, `base` plus this is finished. Null:
-  // from zero, nowhere, from zero. A panel's tiles lie one after the other there.
+  // from zero, nowhere, from zero; what is kept and has no base is not finished. A panel's tiles lie one after the
+  // other there.
   const float* from = nullptr;
   float* keep = nullptr;
   const float* base = nullptr;
-  bool finished = true;
+  SPIN_INLINE bool finished() const { return base || !keep; }
 };
 
 struct TokenSumsArgs;  // strassen.h

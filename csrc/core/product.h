@@ -280,7 +280,7 @@ struct Product {
                 for (int v = 0; v < kVectors; ++v) sum_up(a, place + (r * kVectors + v) * V::kLanes, sum[r][v]);
               }
             }
-            if (!a.finished) return;
+            if (!a.finished()) return;
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
               // As epilogue_rows, but its four vectors are loaded once: per row, 256 channels in bf16 reach 90, not 95
@@ -304,7 +304,7 @@ struct Product {
       sum_up(a, place + at, sum);
       V::store(sums + at, sum);
     }
-    if (!a.finished) return;
+    if (!a.finished()) return;
     for (int v = 0; v < kVectors; ++v) {
       epilogue<Out, kActivation, false>(
           epilogue_args(a.to, v, token, tokens, sums + v * V::kLanes, kVectors * V::kLanes));

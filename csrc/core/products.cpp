@@ -132,7 +132,6 @@ void Products::quarters(const Pointwise& w, int64_t panel, int64_t first_tile, i
         .from = kept(step.from),
         .keep = kept(step.keep),
         .base = kept(step.base),
-        .finished = step.base >= 0,
     });
   }
 }
