@@ -162,10 +162,10 @@ void Composition::run(const Kernels& kernels, DType type, const char* bank, cons
                       const std::vector<char*>& weights, const Parallel& parallel) const {
   const std::vector<Tile> all = tiles(false);
   const int threads = useful_threads(4.0 * numel(), parallel);
-  Team team(threads, 1);
+  Team team(threads);
   parallel.run(threads, [&](int thread) {
     std::vector<ComposeUser> users;
-    team.phase(thread, 0, int64_t(all.size()), [&](int64_t item) {
+    team.phase(thread, int64_t(all.size()), [&](int64_t item) {
       ComposeTile tile = open(all[item], type, bank, coefficients, weights, users);
       tile.stream = type == DType::kFloat32 && numel() * 4 > kStreamBytes;
       kernels.compose(tile);
@@ -212,15 +212,15 @@ void Composition::backward(const Kernels& kernels, DType type, const std::vector
   const Workspace memory(all_products * int64_t(sizeof(double)));
   double* products = reinterpret_cast<double*>(memory.data());
   const int threads = useful_threads(8.0 * numel() + bank_elements, parallel);
-  Team team(threads, phases_ + 1);
+  Team team(threads);
   parallel.run(threads, [&](int thread) {
     std::vector<ComposeUser> users;
     const Workspace tile_memory(scratch * int64_t(sizeof(float)));
-    team.phase(thread, 0, int64_t(zeros.size()),
+    team.phase(thread, int64_t(zeros.size()),
                [&](int64_t item) { std::fill_n(bank_gradient + zeros[item].first, zeros[item].second, 0.f); });
-    for (int64_t phase = 0; phase < phases_; ++phase) {
-      team.phase(thread, phase + 1, int64_t(items[phase].size()), [&](int64_t item) {
-        const auto [first, count] = items[phase][item];
+    for (const std::vector<Item>& phase : items) {
+      team.phase(thread, int64_t(phase.size()), [&](int64_t item) {
+        const auto [first, count] = phase[item];
         for (int64_t i = first; i < first + count; ++i) {
           ComposeTile tile = open(all[i], type, bank, coefficients, gradients, users);
           tile.bank_gradient = bank_gradient + all[i].offset();

@@ -59,10 +59,10 @@ void repeat_weight(const Kernels& kernels, const RepeatShape& shape, const Repea
                    const Parallel& parallel) {
   const std::vector<Piece> pieces = pieces_of(shape);
   const int threads = useful_threads(4.0 * shape.elements(), parallel);
-  Team team(threads, 1);
+  Team team(threads);
   parallel.run(threads, [&](int thread) {
     std::vector<RepeatUser> users;
-    team.phase(thread, 0, int64_t(pieces.size()), [&](int64_t item) {
+    team.phase(thread, int64_t(pieces.size()), [&](int64_t item) {
       RepeatTile tile = open(shape, weights, pieces[item], result, nullptr, users);
       tile.stream = weights.type == DType::kFloat32 && shape.elements() * 4 > kStreamBytes;
       kernels.repeat(tile);
@@ -78,11 +78,11 @@ void repeat_weight_backward(const Kernels& kernels, const RepeatShape& shape, co
   const Workspace memory(int64_t(pieces.size()) * sums * int64_t(sizeof(double)));
   double* products = reinterpret_cast<double*>(memory.data());
   const int threads = useful_threads(8.0 * shape.elements(), parallel);
-  Team team(threads, 1);
+  Team team(threads);
   parallel.run(threads, [&](int thread) {
     std::vector<RepeatUser> users;
     const Workspace scratch(sums * kernels.lanes * int64_t(sizeof(float)));
-    team.phase(thread, 0, int64_t(pieces.size()), [&](int64_t item) {
+    team.phase(thread, int64_t(pieces.size()), [&](int64_t item) {
       const Piece& piece = pieces[item];
       RepeatTile tile = open(shape, weights, piece, const_cast<char*>(gradient), gate_gradient, users);
       tile.base_gradient = base_gradient + piece.row * run + piece.column;

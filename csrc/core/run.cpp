@@ -114,23 +114,20 @@ class Runner {
   void operator()() {
     const std::vector<Segment>& segments = plan_.segments;
     std::vector<std::vector<Step>> alone, shared;
-    int64_t phases = 2;  // of the classifier
     for (const Segment& segment : segments) {
       alone.push_back(steps(segment, false));
       shared.push_back(steps(segment, true));
-      phases += 2 + (groups_ - alone_) * int64_t(shared.back().size());
     }
     // Between segments every group waits in its x; a single segment needs an x per thread only.
     const int64_t places = segments.size() > 1 ? groups_ : threads_;
     Workspace workspace(measure(places));
     place(workspace.data(), places);
 
-    Team team(threads_, phases);
+    Team team(threads_);
     parallel_.run(threads_, [&](int thread) {
-      int64_t phase = 0;
       for (size_t i = 0; i < segments.size(); ++i) {
-        if (weights_) pack(team, thread, phase++, segments[i]);
-        team.phase(thread, phase++, alone_, [&](int64_t index) {
+        if (weights_) pack(team, thread, segments[i]);
+        team.phase(thread, alone_, [&](int64_t index) {
           const Group group = group_at(index, segments.size() > 1 ? index : thread, thread);
           for (const Step& step : alone[i]) {
             for (int64_t item = 0; item < items(step, group); ++item) run_item(step, item, group, thread);
@@ -139,11 +136,11 @@ class Runner {
         for (int64_t index = alone_; index < groups_; ++index) {
           const Group group = group_at(index, segments.size() > 1 ? index : 0, 0, true);
           for (const Step& step : shared[i]) {
-            team.phase(thread, phase++, items(step, group), [&](int64_t item) { run_item(step, item, group, thread); });
+            team.phase(thread, items(step, group), [&](int64_t item) { run_item(step, item, group, thread); });
           }
         }
       }
-      if (shape_.whole()) classify(team, thread, phase);
+      if (shape_.whole()) classify(team, thread);
     });
   }
 
@@ -220,10 +217,10 @@ class Runner {
 
   // ---- phases ----
 
-  void pack(Team& team, int thread, int64_t phase, const Segment& segment) const {
+  void pack(Team& team, int thread, const Segment& segment) const {
     const int64_t parameters = segment.first_block == 0 ? net_.parameter_items() : 0;
     const int64_t parts = net_.matrix_items();
-    team.phase(thread, phase, parameters + int64_t(segment.packings.size()) * parts, [&](int64_t item) {
+    team.phase(thread, parameters + int64_t(segment.packings.size()) * parts, [&](int64_t item) {
       if (item < parameters) return net_.pack_parameters(*weights_, item);
       const Segment::Packing& p = segment.packings[(item - parameters) / parts];
       net_.pack_matrix(*weights_, p.matrix, p.slot, (item - parameters) % parts);
@@ -385,18 +382,17 @@ class Runner {
   Pointwise next_matrix(int64_t d) const { return matrix(std::min(d + 1, shape_.depth - 1)); }
 
   // The classifier: one product whose tokens are the images of the batch.
-  void classify(Team& team, int thread, int64_t phase) const {
+  void classify(Team& team, int thread) const {
     const Pointwise w = net_.head();
     const int64_t stride = batch_.size * k_.line_bytes;
-    team.phase(thread, phase, products_.parts(w, true), [&](int64_t part) {
+    team.phase(thread, products_.parts(w, true), [&](int64_t part) {
       products_.part(w, w, part, {pooled_, stride, batch_.size, nullptr, 0, logits_, stride, Activation::kIdentity},
                      true, thread);
     });
     External to = batch_.output;
     to.channels = shape_.classes, to.height = 1, to.width = batch_.size;
     to.channel_stride = 1, to.row_stride = 0, to.column_stride = batch_.output_stride;
-    team.phase(thread, phase + 1, net_.lines(shape_.classes),
-               [&](int64_t line) { k_.store(logits_ + line * stride, line, to); });
+    team.phase(thread, net_.lines(shape_.classes), [&](int64_t line) { k_.store(logits_ + line * stride, line, to); });
   }
 
   External input(int64_t image) const {

@@ -31,32 +31,32 @@ inline int useful_threads(double flops, const Parallel& parallel) {
 
 class Team {
  public:
-  Team(int threads, int64_t phases)
-      : threads_(threads),
-        stride_(round_up(threads + 1, kCountersPerLine)),
-        counters_(new (std::align_val_t(kCacheLine)) std::atomic<int>[phases * stride_] {}) {}
+  explicit Team(int threads) : threads_(threads), ranges_(std::make_unique<Range[]>(threads)) {}
 
-  // Called by every thread with the same phases in the same order; run(item) does one item.
+  // Called by every thread with the same phases in the same order; run(item) does one of `items` (fewer than 2^32).
   template <class Run>
-  void phase(int thread, int64_t phase, int64_t items, const Run& run) {
-    std::atomic<int>* counters = counters_.get() + phase * stride_;
-    std::atomic<int>& done = counters[threads_];
+  void phase(int thread, int64_t items, const Run& run) {
+    Range& own = ranges_[thread];
+    const uint64_t phase = ++own.phase;
+    own.items += items;
+    int64_t finished = 0;
     for (int i = 0; i < threads_; ++i) {
       const int owner = (thread + i) % threads_;
       const int64_t first = items * owner / threads_, count = items * (owner + 1) / threads_ - first;
       const int64_t some = std::max<int64_t>(1, count / kClaims);
-      while (counters[owner].load(std::memory_order_relaxed) < count) {
-        const int64_t claimed = counters[owner].fetch_add(int(some), std::memory_order_relaxed);
-        if (claimed >= count) break;
+      for (int64_t claimed; (claimed = ranges_[owner].claim(phase, some, count)) < count;) {
         const int64_t end = std::min(claimed + some, count);
         for (int64_t item = claimed; item < end; ++item) run(first + item);
-        fence();
-        done.fetch_add(int(end - claimed), std::memory_order_release);
+        finished += end - claimed;
       }
+    }
+    if (finished > 0) {
+      fence();
+      done_.fetch_add(finished, std::memory_order_release);
     }
     // Items still missing are being worked on by a thread that runs: spin as long as an item may well take,
     // then let others have the core.
-    for (int spins = 0; done.load(std::memory_order_acquire) < items; ++spins) {
+    for (int spins = 0; done_.load(std::memory_order_acquire) < own.items; ++spins) {
       if (spins < kSpins) {
         pause();
       } else {
@@ -66,10 +66,28 @@ class Team {
   }
 
  private:
-  static constexpr int kCountersPerLine = kCacheLine / sizeof(std::atomic<int>);
-  // Of a thread's range, where it has more items: a claim waits until stores past the caches are through.
-  static constexpr int64_t kClaims = 64;
-  static constexpr int kSpins = 4096;  // 50 to 150 microseconds
+  static constexpr int64_t kClaims = 64;  // of a range that has more items
+  static constexpr int kSpins = 4096;     // 50 to 150 microseconds
+
+  // A thread's, on a line of its own: that stays with its core until another thread looks for work there.
+  struct alignas(kCacheLine) Range {
+    std::atomic<uint64_t> claims{0};  // a phase, and in the low half how many items were claimed in it
+    uint64_t phase = 0;               // where the thread is,
+    int64_t items = 0;                // and of all phases until its end
+
+    // The first of `some` items; `count` if none is left.
+    int64_t claim(uint64_t phase, int64_t some, int64_t count) {
+      uint64_t before = claims.load(std::memory_order_relaxed);
+      while (true) {
+        if (before >> 32 > phase) return count;  // others are further already
+        const int64_t next = before >> 32 == phase ? int64_t(before & UINT32_MAX) : 0;
+        if (next >= count) return count;
+        if (claims.compare_exchange_weak(before, phase << 32 | uint64_t(next + some), std::memory_order_relaxed)) {
+          return next;
+        }
+      }
+    }
+  };
 
   // Items may store past the caches: such stores have no order of their own.
   static void fence() {
@@ -86,12 +104,9 @@ class Team {
 #endif
   }
 
-  struct Free {
-    void operator()(std::atomic<int>* p) const { ::operator delete[](p, std::align_val_t(kCacheLine)); }
-  };
-  int threads_;
-  int64_t stride_;
-  std::unique_ptr<std::atomic<int>[], Free> counters_;
+  const int threads_;
+  const std::unique_ptr<Range[]> ranges_;
+  alignas(kCacheLine) std::atomic<int64_t> done_{0};  // items, of all phases
 };
 
 }  // namespace spin

@@ -40,28 +40,27 @@ class Backward : Training {
     memory_ = workspace.data(), used_ = 0;
     place();
 
-    Team team(threads_, 2 * depth + 3);
+    Team team(threads_);
     parallel.run(threads_, [&](int thread) {
-      int64_t phase = 0;
-      team.phase(thread, phase++, packing_items() + sums_ / kClearFloats + 1, [&](int64_t item) {
+      team.phase(thread, packing_items() + sums_ / kClearFloats + 1, [&](int64_t item) {
         if (item < packing_items()) return pack(item);
         clear(item - packing_items());
       });
       for (int64_t d = depth - 1; d >= 0; --d) {
         const bool transposed = d + 1 < depth && shape_.pw_index[d + 1] == shape_.pw_index[d];
         const int64_t transposing = transposed ? 0 : lines_;
-        team.phase(thread, phase++, transposing + lines_, [&](int64_t item) {
+        team.phase(thread, transposing + lines_, [&](int64_t item) {
           if (item < transposing) return transpose(d, item);
           line_item(d, item - transposing, thread);
         });
-        team.phase(thread, phase++, bands_ * chunks_ + groups_, [&](int64_t item) {
+        team.phase(thread, bands_ * chunks_ + groups_, [&](int64_t item) {
           if (item < bands_ * chunks_) return input_gradient(d, item / chunks_, item % chunks_);
           weight_gradient(d, item - bands_ * chunks_, thread);
         });
       }
-      team.phase(thread, phase++, lines_, [&](int64_t line) { line_item(-1, line, thread); });
+      team.phase(thread, lines_, [&](int64_t line) { line_item(-1, line, thread); });
       const int64_t rows = matrix_items();
-      team.phase(thread, phase++, rows + shape_.filters + shape_.matrices, [&](int64_t item) {
+      team.phase(thread, rows + shape_.filters + shape_.matrices, [&](int64_t item) {
         if (item < rows) return finish_matrix(item);
         item -= rows;
         if (item < shape_.filters) return finish_filter(item);

@@ -21,16 +21,15 @@ class Forward : Training {
     memory_ = workspace.data(), used_ = 0;
     place();
 
-    Team team(threads_, 2 * shape_.depth + 2);
+    Team team(threads_);
     parallel.run(threads_, [&](int thread) {
-      int64_t phase = 0;
-      team.phase(thread, phase++, packing_items(), [&](int64_t item) { pack(item); });
+      team.phase(thread, packing_items(), [&](int64_t item) { pack(item); });
       for (int64_t d = 0; d < shape_.depth; ++d) {
-        team.phase(thread, phase++, lines_, [&](int64_t line) { line_item(d, line, thread); });
-        team.phase(thread, phase++, bands_ * chunks_,
+        team.phase(thread, lines_, [&](int64_t line) { line_item(d, line, thread); });
+        team.phase(thread, bands_ * chunks_,
                    [&](int64_t item) { pointwise(d, item / chunks_, item % chunks_, thread); });
       }
-      team.phase(thread, phase++, lines_, [&](int64_t line) { finish(line, thread); });
+      team.phase(thread, lines_, [&](int64_t line) { finish(line, thread); });
     });
   }
 
