@@ -85,40 +85,59 @@ struct Layout {
     }
   }
 
-  static SPIN_INLINE void store_lane(char* token, int64_t channel, float value) {  // of the line at `token`
-    store_scalar(token, V::kChain, channel, value);
-  }
-
   // ---- patches ----
 
+  // Neighbours in a row of a patch, at most a vector of them; `first`: among the channels of their line.
+  struct Piece {
+    int64_t channel, row, column, count, first;
+  };
+
+  // Rows of tokens one after the other: those of an image are then read from its first to its last.
   static void load_patches(const PatchArgs& a) {
-    const External& image = a.image;
-    const int64_t size = size_of(image.type);
-    const int64_t inputs = image.channels * a.patch * a.patch, padded = round_up(inputs, kLineChannels);
+    const int64_t inputs = a.image.channels * a.patch * a.patch;
     for (int64_t y = a.first_row; y < a.last_row; ++y) {
-      for (int64_t c = 0; c < image.channels; ++c) {
-        for (int64_t ky = 0; ky < a.patch; ++ky) {
-          const int64_t row = y * a.stride - a.padding + ky;
-          const char* pixels = image.data + (c * image.channel_stride + row * image.row_stride) * size;
-          const int64_t first = (c * a.patch + ky) * a.patch;
-          for (int64_t x = 0; x < a.grid_width; ++x) {
-            char* token = a.output + ((y - a.first_row) * a.grid_width + x) * kLineBytes;
-            const int64_t column = x * a.stride - a.padding;
-            for (int64_t kx = 0; kx < a.patch; ++kx) {
-              const bool inside = row >= 0 && row < image.height && column + kx >= 0 && column + kx < image.width;
-              const float value = inside ? load_scalar(pixels, image.type, (column + kx) * image.column_stride) : 0.f;
-              const int64_t channel = first + kx;
-              store_lane(token + channel / kLineChannels * a.output_stride, channel % kLineChannels, value);
-            }
-          }
-        }
+      char* row = a.output + (y - a.first_row) * a.grid_width * kLineBytes;
+      for (int64_t input = 0; input < inputs; input += kLineChannels, row += a.output_stride) {
+        patch_line(a, y, input, smaller(kLineChannels, inputs - input), row);
       }
-      for (int64_t channel = inputs; channel < padded; ++channel) {
-        for (int64_t x = 0; x < a.grid_width; ++x) {
-          char* token = a.output + ((y - a.first_row) * a.grid_width + x) * kLineBytes;
-          store_lane(token + channel / kLineChannels * a.output_stride, channel % kLineChannels, 0.f);
-        }
+    }
+  }
+
+  // Of a row of tokens, some inputs from the first on.
+  static void patch_line(const PatchArgs& a, int64_t y, int64_t first, int64_t inputs, char* token) {
+    const int64_t area = a.patch * a.patch;
+    Piece pieces[kLineChannels];
+    int64_t count = 0;
+    for (int64_t i = 0; i < inputs; i += pieces[count++].count) {
+      const int64_t input = first + i, column = input % a.patch;
+      const int64_t neighbours = smaller(smaller(a.patch - column, inputs - i), kLanes);
+      pieces[count] = {input / area, input % area / a.patch, column, neighbours, i};
+    }
+    for (int64_t x = 0; x < a.grid_width; ++x, token += kLineBytes) {
+      float values[kLineChannels + kLanes];
+      for (int64_t i = 0; i < count; ++i) load_piece(a, pieces[i], y, x, values + pieces[i].first);
+      for (int64_t i = inputs; i < kLineChannels; i += kLanes) V::store(values + i, V::zero());
+      for (int64_t v = 0; v < V::kLineVectors; ++v) {
+        V::store_chain(token + v * kVectorBytes, V::load(values + v * kLanes));
       }
+    }
+  }
+
+  // Of token (y, x); what it writes behind them, to a vector's end, has no meaning.
+  static SPIN_INLINE void load_piece(const PatchArgs& a, const Piece& piece, int64_t y, int64_t x, float* values) {
+    const External& image = a.image;
+    const int64_t row = y * a.stride - a.padding + piece.row, column = x * a.stride - a.padding + piece.column;
+    const bool row_inside = row >= 0 && row < image.height;
+    const int64_t at = piece.channel * image.channel_stride + row * image.row_stride + column * image.column_stride;
+    const int64_t last = (image.channels - 1) * image.channel_stride + (image.height - 1) * image.row_stride +
+                         (image.width - 1) * image.column_stride;
+    if (row_inside && column >= 0 && column + piece.count <= image.width && image.column_stride == 1 &&
+        at + kLanes - 1 <= last) {
+      return V::store(values, V::load_as(image.data + at * size_of(image.type), image.type));
+    }
+    for (int64_t i = 0; i < piece.count; ++i) {
+      const bool inside = row_inside && column + i >= 0 && column + i < image.width;
+      values[i] = inside ? load_scalar(image.data, image.type, at + i * image.column_stride) : 0.f;
     }
   }
 
