@@ -23,14 +23,14 @@ void Products::part(const Pointwise& w, const Pointwise& next, int64_t part, con
     for (int64_t v = part * per_line; v < std::min((part + 1) * per_line, vectors); ++v) rows(w, next, v, o, thread);
     return;
   }
-  const Panels panels = this->panels(w);
   const int64_t sharers = shared ? threads_ : 1, self = shared ? thread : 0;
-  const int64_t pieces = this->pieces(w, shared), count = panels.count * pieces;
-  auto own = [&](int64_t thread) { return count * thread / sharers; };
-  const bool last = part + 1 == own(self + 1);
-  const int64_t after = (last ? own(self) : std::min(part + 1, count - 1)) / pieces;
+  // Where a thread's range of a matrix's parts begins.
+  auto own = [&](const Pointwise& matrix, int64_t thread) { return parts(matrix, shared) * thread / sharers; };
+  const int64_t pieces = this->pieces(w, shared);
+  const bool last = part + 1 == own(w, self + 1);
   const Pointwise& source = last ? next : w;
-  const Ahead ahead{panel_begin(source, after), panel_bytes(source, panels.begin(after + 1) - panels.begin(after))};
+  const int64_t after = last ? own(next, self) : std::min(part + 1, parts(w, shared) - 1);
+  const Ahead ahead = panel_at(source, after / this->pieces(source, shared));
   if (w.quartered) {
     const int64_t piece = part % pieces, tiles = ceil_div(step_tokens(o), kTileTokens);
     quarters(w, part / pieces, tiles * piece / pieces, tiles * (piece + 1) / pieces, ahead, o, thread);

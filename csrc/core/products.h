@@ -68,6 +68,10 @@ class Products {
   const char* panel_begin(const Pointwise& w, int64_t panel) const {
     return w.matrix + (w.quartered ? kQuarters : 1) * panel_bytes(w, panels(w).begin(panel));
   }
+  Ahead panel_at(const Pointwise& w, int64_t panel) const {
+    const Panels all = panels(w);
+    return {panel_begin(w, panel), panel_bytes(w, all.begin(panel + 1) - all.begin(panel))};
+  }
   ProductTarget target(const Pointwise& w, int64_t first_vector, const ProductOperands& o, const Ahead& ahead) const;
   int64_t kept_bytes(int64_t tokens) const;
 

@@ -55,7 +55,9 @@ constexpr int64_t kGroupTokens = 256;      // of small images together: weights 
 struct Step {
   enum Kind {
     kLoad,       // items: lines
-    kEmbed,      // bands of every image
+    kPatches,    // bands of every image, into y
+    kStem,       // panels
+    kEmbed,      // bands: both
     kDepthwise,  // lines
     kPointwise,  // lines; frozen: panels
     kFused,      // lines: kPointwise, then the next block's kDepthwise
@@ -165,7 +167,10 @@ class Runner {
   std::vector<Step> steps(const Segment& segment, bool shared) const {
     std::vector<Step> steps;
     const bool fused = shared && !frozen_;
-    if (segment.first_block == 0) steps.push_back({shape_.whole() ? Step::kEmbed : Step::kLoad, 0});
+    if (segment.first_block == 0) {
+      if (shape_.whole() && bands_ == 1) steps.push_back({Step::kPatches, 0});
+      steps.push_back({!shape_.whole() ? Step::kLoad : bands_ > 1 ? Step::kEmbed : Step::kStem, 0});
+    }
     for (int64_t block = segment.first_block; block < segment.last_block; ++block) {
       if (bands_ > 1) {
         steps.push_back({Step::kBand, block});
@@ -241,8 +246,11 @@ class Runner {
 
   int64_t items(const Step& step, const Group& group) const {
     switch (step.kind) {
+      case Step::kPatches:
+        return group.count * patch_bands(group);
+      case Step::kStem:
+        return products_.parts(net_.stem(), group.shared);
       case Step::kEmbed:
-        return group.count * embedding_bands(group);
       case Step::kBand:
         return bands_;
       case Step::kPointwise:
@@ -271,6 +279,13 @@ class Runner {
                   pooled_ + (item * batch_.size + group.first + i) * k_.line_bytes);
         }
         return;
+      case Step::kPatches: {
+        const int64_t bands = patch_bands(group), image = item / bands;
+        const Band band = this->band(item % bands, bands);
+        return load_patches(group.first + image, band, group.y + image * plane_bytes_ + band.offset, line_bytes_);
+      }
+      case Step::kStem:
+        return stem(item, group, thread);
       case Step::kEmbed:
         return embed(item, group, thread);
       case Step::kDepthwise:
@@ -298,20 +313,21 @@ class Runner {
     return {first, last, (last - first) * width_, (last - first) * row, first * row};
   }
 
-  int64_t embedding_bands(const Group& group) const {
-    return group.shared ? std::max(bands_, std::min<int64_t>(threads_, height_)) : bands_;
+  int64_t patch_bands(const Group& group) const { return group.shared ? std::min<int64_t>(threads_, height_) : 1; }
+
+  void load_patches(int64_t image, const Band& band, char* to, int64_t stride) const {
+    k_.load_patches({input(image), shape_.patch, shape_.patch_stride, shape_.patch_padding, width_, band.first_row,
+                     band.last_row, to, stride});
   }
 
   void embed(int64_t item, const Group& group, int thread) const {
-    const int64_t bands = embedding_bands(group), image = item / bands;
-    const Band band = this->band(item % bands, bands);
-    char* patches = y_ + thread * y_bytes_;
+    const Band band = this->band(item, bands_);
     const int64_t stride = line_stride(band.bytes);
-    k_.load_patches({input(group.first + image), shape_.patch, shape_.patch_stride, shape_.patch_padding, width_,
-                     band.first_row, band.last_row, patches, stride});
-    const Pointwise stem = net_.stem();
-    char* x = group.x[0] + image * plane_bytes_ + band.offset;
-    products_.whole(stem, stem, {patches, stride, band.tokens, nullptr, 0, x, line_bytes_, shape_.activation}, thread);
+    char* patches = y_ + thread * y_bytes_;
+    load_patches(group.first, band, patches, stride);
+    products_.whole(
+        net_.stem(), after_stem(),
+        {patches, stride, band.tokens, nullptr, 0, group.x[0] + band.offset, line_bytes_, shape_.activation}, thread);
   }
 
   // A line of y, of all rows of all images, and its place in the panels if there are any.
@@ -344,20 +360,18 @@ class Runner {
   }
 
   // Part of the output channels of all tokens.
+  void stem(int64_t part, const Group& group, int thread) const {
+    products_.part(net_.stem(), after_stem(), part, operands(group, group.y), group.shared, thread);
+  }
   void pointwise(int64_t d, int64_t part, const Group& group, int thread) const {
-    products_.part(matrix(d), next_matrix(d), part,
-                   {
-                       .input = frozen_ ? group.y : group.panels[d & 1],
-                       .input_stride = line_bytes_,
-                       .tokens = group.count * height_ * width_,
-                       .residual = shape_.pw_residual ? group.y : nullptr,
-                       .residual_stride = line_bytes_,
-                       .output = group.x[0],
-                       .output_stride = line_bytes_,
-                       .activation = shape_.activation,
-                       .sums = sums(group),
-                   },
-                   group.shared, thread);
+    ProductOperands o = operands(group, frozen_ ? group.y : group.panels[d & 1]);
+    if (shape_.pw_residual) o.residual = group.y, o.residual_stride = line_bytes_;
+    o.sums = sums(group);
+    products_.part(matrix(d), next_matrix(d), part, o, group.shared, thread);
+  }
+  ProductOperands operands(const Group& group, const char* input) const {
+    const int64_t tokens = group.count * height_ * width_;
+    return {input, line_bytes_, tokens, nullptr, 0, group.x[0], line_bytes_, shape_.activation};
   }
 
   void block(int64_t d, int64_t item, const Group& group, int thread) const {
@@ -379,6 +393,7 @@ class Runner {
   Pointwise matrix(int64_t d) const {
     return plain_ ? net_.pointwise(d, *weights_) : net_.pointwise(d, plan_.slot_of_block[d]);
   }
+  Pointwise after_stem() const { return shape_.depth > 0 ? matrix(0) : net_.stem(); }
   Pointwise next_matrix(int64_t d) const { return matrix(std::min(d + 1, shape_.depth - 1)); }
 
   // The classifier: one product whose tokens are the images of the batch.
