@@ -48,9 +48,9 @@ def frozen_network_call(batch: int, dim: int, kernel: int, size: int, dtype: tor
 
 # Enough work for two threads and more, in batches that give every thread images of its own, leave one over, or are one;
 # images so small that several go together, in groups of equal and of unequal size, shared by the threads and not; and
-# matrices so large that compositions come in segments.
+# matrices so large that compositions come in segments, and that an image is cut into bands for its small filters only.
 SHAPES = [(batch, 96, kernel, 17) for batch in (1, 2, 3, 8) for kernel in (3, 11)]
-SHAPES += [(9, 160, 3, 7), (6, 160, 11, 4), (1, 600, 3, 2), (3, 600, 3, 2)]
+SHAPES += [(9, 160, 3, 7), (6, 160, 11, 4), (1, 600, 3, 2), (3, 600, 3, 2), (1, 736, 3, 16)]
 
 
 def make_calls(dtype: torch.dtype) -> dict[str, Call]:

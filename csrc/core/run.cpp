@@ -21,7 +21,7 @@
 //    kinds of panels alternate, so that one barrier per block is enough. (Frozen: the channels of a panel are no whole
 //    lines, so both have a phase of their own.)
 //  - Images too large for their y to stay in L2: bands of rows, one after the other or shared. x alternates between two
-//    buffers then, because the neighbours still read the old one. A shared image whose matrices are small
+//    buffers then, because the neighbours still read the old one. A shared image whose matrices or filters are small
 //    is cut into bands too, if that costs no vectors of tokens.
 //
 // A line that another core has fetched takes 8 ns to write, where the cores have no L3 in common (two threads of a
@@ -38,7 +38,9 @@
 //  - A band of rows each, whatever the size: no core reads what another one has computed but halo rows, yet every core
 //    streams the whole matrix and the vectors of tokens are cut once more (14 x 14: 2 x 7 instead of 13). Two cores of
 //    an Emerald Rapids, batch 1, in turns, time by bands / by lines: 1024 k9 1.07, 768 k3 1.00, 512 k5 0.97, 256 k5
-//    0.94, 128 k5 0.83; at 14 x 14 tokens 1024 1.17 to 1.29, 768 1.18 to 1.26, 256 1.03 to 1.07.
+//    0.94, 128 k5 0.83; at 14 x 14 tokens 1024 1.17 to 1.29, 768 1.18 to 1.26, 256 1.03 to 1.07. Zen 5, on two core
+//    complexes and on one: 768 k3 bf16 0.92 and 1.00, not frozen 0.94 and 0.98, float32 not frozen 0.93 and 0.98; 1024
+//    k9 bf16 1.00 and 1.01.
 //  - One kernel over the whole batch before the next: activations then leave the caches between kernels.
 // Fusing the pointwise with the next depthwise of an image that is not shared gains nothing: both passes hit the
 // caches.
@@ -164,11 +166,14 @@ class Runner {
 
   // ---- plan ----
 
-  // Whether a band for each thread takes no more vectors of tokens than the image, and matrices stay in every L2.
+  // Whether a band for each thread takes no more vectors of tokens than the image, and either matrices stay in every L2
+  // or cores read much less of what others have written: a few rows of x instead of their lines of y.
   bool bands_are_free() const {
     const int64_t vectors = ceil_div(ceil_div(height_, int64_t(threads_)) * width_, k_.lanes);
-    return threads_ * vectors <= ceil_div(height_ * width_, k_.lanes) &&
-           net_.matrix_bytes(shape_.channels, shape_.channels) <= kSmallMatrix;
+    if (threads_ * vectors > ceil_div(height_ * width_, k_.lanes)) return false;
+    const int64_t others_rows = 2 * (shape_.kernel_size / 2) * threads_;
+    return net_.matrix_bytes(shape_.channels, shape_.channels) <= kSmallMatrix ||
+           (!net_.quartered() && 2 * others_rows <= height_);
   }
 
   std::vector<Step> steps(const Segment& segment, bool shared) const {
