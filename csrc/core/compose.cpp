@@ -6,6 +6,7 @@
 #include <string>
 #include <tuple>
 
+#include "cpu.h"
 #include "workspace.h"
 
 namespace spin {
@@ -149,6 +150,7 @@ ComposeTile Composition::open(const Tile& tile, DType type, const char* bank, co
   opened.stride = w.stride, opened.templates = w.templates;
   opened.rows = tile.rows, opened.columns = tile.columns, opened.pitch = w.pitch;
   opened.users = users.data(), opened.users_count = int64_t(users.size());
+  opened.ask_into_l2 = cpu_features().few_l1_misses;
   return opened;
 }
 

@@ -20,9 +20,13 @@ const CpuFeatures& cpu_features() {
         .avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
         .avx512_bf16 = bool(__builtin_cpu_supports("avx512bf16")),
+        // Zen 3 and 4: 24 lines. Bursts of 4 KB from 20 places of memory, asked for two ahead by two cores of a Zen 4,
+        // come with 21 to 25 GB/s where that is L1 and with 27 to 30 where it is L2. On a Zen 5 it is the other way
+        // round.
+        .few_l1_misses = bool(__builtin_cpu_is("amdfam19h")),
     };
 #else
-    return CpuFeatures{"other", false, false, false};
+    return CpuFeatures{"other", false, false, false, false};
 #endif
   }();
   return features;

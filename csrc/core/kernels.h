@@ -222,7 +222,8 @@ struct ComposeTile {
   int64_t rows, columns, pitch;
   const ComposeUser* users;
   int64_t users_count;
-  bool stream;  // what is written goes past the caches; results in float32 only
+  bool stream;       // what is written goes past the caches; results in float32 only
+  bool ask_into_l2;  // what is read next; else into L1
   // Backward.
   float* bank_gradient;  // like `bank`
   bool first;            // it is written, else added to
