@@ -150,6 +150,8 @@ QUARTERS: dict[str, dict[str, Any]] = {
     "fewest-tokens": {"C": 544, "H": 3, "W": 43, "k": 1, "D": 1},
     "residual": {"C": 544, "H": 10, "W": 14, "pw_residual": True, "S": 1, "gain": True},
     "templates": {"C": 608, "H": 10, "W": 13, "S": 2, "templates": 3, "bias": False},
+    "odd-bands": {"C": 544, "H": 7, "W": 21, "k": 5, "D": 3},
+    "one-left-over": {"C": 576, "H": 12, "W": 12, "B": 3},
     "grouped": {"C": 544, "H": 7, "W": 9, "B": 5},
     "bands": {"C": 544, "H": 40, "W": 17, "D": 1},
 }
@@ -163,7 +165,8 @@ def test_quarters(name: str, dtype: str) -> None:
     for isa in ISAS:
         y = run(a, isa, packed=True, quarters=True)
         expected.check(y, isa)
-        assert np.array_equal(y, run(a, isa, threads=3, packed=True, quarters=True)), isa
+        for threads in (2, 3, 4):
+            assert np.array_equal(y, run(a, isa, threads=threads, packed=True, quarters=True)), (isa, threads)
 
 
 @every_isa

@@ -13,30 +13,26 @@ int64_t Products::kept_bytes(int64_t tokens) const {
 int64_t Products::scratch_bytes(int64_t tokens) const {
   if (converted_) return k_.lanes * net_.row_stride(net_.shape().channels);
   // Two buffers for a half of the tokens, or one for all.
-  return net_.quartered() ? 2 * kept_bytes(ceil_div(tokens, 2)) : 0;
+  return net_.quartered() ? bands_ * 2 * kept_bytes(ceil_div(tokens, 2)) : 0;
 }
 
-void Products::part(const Pointwise& w, const Pointwise& next, int64_t part, const ProductOperands& o, bool shared,
-                    int thread) const {
+void Products::part(const Pointwise& w, const Pointwise& next, int64_t part, std::span<const ProductOperands> o,
+                    bool shared, int thread) const {
   if (w.row_stride) {
     const int64_t per_line = k_.line_channels / k_.lanes, vectors = net_.vectors(w.output_channels);
-    for (int64_t v = part * per_line; v < std::min((part + 1) * per_line, vectors); ++v) rows(w, next, v, o, thread);
+    for (int64_t v = part * per_line; v < std::min((part + 1) * per_line, vectors); ++v) rows(w, next, v, o[0], thread);
     return;
   }
   const int64_t sharers = shared ? threads_ : 1, self = shared ? thread : 0;
   // Where a thread's range of a matrix's parts begins.
   auto own = [&](const Pointwise& matrix, int64_t thread) { return parts(matrix, shared) * thread / sharers; };
-  const int64_t pieces = this->pieces(w, shared);
   const bool last = part + 1 == own(w, self + 1);
   const Pointwise& source = last ? next : w;
   const int64_t after = last ? own(next, self) : std::min(part + 1, parts(w, shared) - 1);
-  const Ahead ahead = panel_at(source, after / this->pieces(source, shared));
-  if (w.quartered) {
-    const int64_t piece = part % pieces, tiles = ceil_div(step_tokens(o), kTileTokens);
-    quarters(w, part / pieces, tiles * piece / pieces, tiles * (piece + 1) / pieces, ahead, o, thread);
-  } else {
-    panel(w, part, ahead, o);
-  }
+  const Ahead ahead = panel_at(source, after % panels(source).count);
+  const int64_t count = panels(w).count;
+  if (!w.quartered) return panel(w, part, ahead, o[0]);
+  quarters(w, part % count, ahead, shared ? o.subspan(part / count, 1) : o, thread);
 }
 
 ProductTarget Products::target(const Pointwise& w, int64_t first_vector, const ProductOperands& o,
@@ -98,41 +94,44 @@ void Products::panel(const Pointwise& w, int64_t panel, const Ahead& ahead, cons
   });
 }
 
-void Products::quarters(const Pointwise& w, int64_t panel, int64_t first_tile, int64_t last_tile, const Ahead& ahead,
-                        const ProductOperands& o, int thread) const {
+void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, std::span<const ProductOperands> bands,
+                        int thread) const {
   const std::span<const QuarterStep> steps =
-      o.sums ? std::span<const QuarterStep>(kStrassenSteps) : std::span<const QuarterStep>(kPlainSteps);
+      bands[0].sums ? std::span<const QuarterStep>(kStrassenSteps) : std::span<const QuarterStep>(kPlainSteps);
   const Panels panels = this->panels(w);
   const int64_t first = panels.begin(panel), vectors = panels.begin(panel + 1) - first;
   const int64_t half = w.output_channels / 2, bytes = panel_bytes(w, vectors);
-  const int64_t tokens = step_tokens(o), first_token = first_tile * kTileTokens;
-  const int64_t second = tokens * k_.line_bytes;  // where the second half begins
   const char* matrix = panel_begin(w, panel);
-  auto kept = [&](int i) {
-    return i < 0 ? nullptr : reinterpret_cast<float*>(scratch_ + thread * scratch_stride_ + i * kept_bytes(tokens));
-  };
   for (size_t i = 0; i < steps.size(); ++i) {
     const QuarterStep& step = steps[i];
-    const bool last = i + 1 == steps.size();
-    const int64_t skipped = first_token * k_.line_bytes, offset = step.output.token_half() * second + skipped;
-    ProductOperands to = o;
-    to.tokens = std::min(last_tile * kTileTokens, tokens) - first_token;
-    to.output += offset;
-    if (to.residual) to.residual += offset;
-    k_.panel_product({
-        .panel = matrix + step.weights * bytes,
-        .vectors = vectors,
-        .input_channels = half,
-        .input = (step.input.in_sums() ? o.sums : o.input) +
-                 step.input.channel_half() * net_.lines(half) * o.input_stride + step.input.token_half() * second +
-                 skipped,
-        .input_stride = o.input_stride,
-        .to = target(w, first + step.output.channel_half() * net_.vectors(half), to,
-                     last ? ahead : Ahead{matrix + steps[i + 1].weights * bytes, bytes}),
-        .from = kept(step.from),
-        .keep = kept(step.keep),
-        .base = kept(step.base),
-    });
+    const Ahead next = i + 1 == steps.size() ? ahead : Ahead{matrix + steps[i + 1].weights * bytes, bytes};
+    const int64_t share = round_up(ceil_div(next.bytes, int64_t(bands.size())), kCacheLine);
+    char* buffers = scratch_ + thread * scratch_stride_;
+    for (size_t b = 0; b < bands.size(); ++b) {
+      const ProductOperands& band = bands[b];
+      const int64_t tokens = step_tokens(band), second = tokens * k_.line_bytes;  // where the second half begins
+      const int64_t output = step.output.token_half() * second;
+      ProductOperands to = band;
+      to.tokens = tokens, to.output += output;
+      if (to.residual) to.residual += output;
+      auto kept = [&](int buffer) {
+        return buffer < 0 ? nullptr : reinterpret_cast<float*>(buffers + buffer * kept_bytes(tokens));
+      };
+      k_.panel_product({
+          .panel = matrix + step.weights * bytes,
+          .vectors = vectors,
+          .input_channels = half,
+          .input = (step.input.in_sums() ? band.sums : band.input) +
+                   step.input.channel_half() * net_.lines(half) * band.input_stride + step.input.token_half() * second,
+          .input_stride = band.input_stride,
+          .to = target(w, first + step.output.channel_half() * net_.vectors(half), to,
+                       {next.data + b * share, std::min(share, next.bytes - int64_t(b) * share)}),
+          .from = kept(step.from),
+          .keep = kept(step.keep),
+          .base = kept(step.base),
+      });
+      buffers += 2 * kept_bytes(tokens);
+    }
   }
 }
 

@@ -3,11 +3,11 @@
 //  - Plain rows: a part is a line of output channels. A line of a matrix of another element type than the chain's is
 //    converted right before its use.
 //  - Panels (frozen): a part is a panel.
-//  - Panels of quarters: a part is a panel of both halves of the output channels (strassen.h); where threads share a
-//    matrix, of half of the tiles, or one that is held up would keep the others waiting for long: on a Zen 5 processor
-//    with busy neighbours 768/32 at batch 1 took 1.03, 0.99, 1.00 of a plain product's time instead of 1.04, 0.98,
-//    1.07 (three launches).
+//  - Panels of quarters: a part is a panel of both halves of the output channels (strassen.h), for all bands of tokens,
+//    or where threads share a matrix, for one; parts of one band come after those of the other.
 #pragma once
+#include <span>
+
 #include "network.h"
 
 namespace spin {
@@ -26,22 +26,23 @@ struct ProductOperands {
 
 class Products {
  public:
-  // `converted`: the element type of rows that are not of the operands' (null: they are).
-  Products(const Network& network, int threads, const DType* converted)
-      : net_(network), k_(network.kernels()), threads_(threads), converted_(converted) {}
+  // `converted`: the element type of rows that are not of the operands' (null: they are); `bands`: operands of a
+  // product of quarters.
+  Products(const Network& network, int threads, const DType* converted, int64_t bands)
+      : net_(network), k_(network.kernels()), threads_(threads), converted_(converted), bands_(bands) {}
 
-  // Per thread, for at most so many tokens.
+  // Per thread, for at most so many tokens of each operand.
   int64_t scratch_bytes(int64_t tokens) const;
   void bind(char* scratch, int64_t stride) { scratch_ = scratch, scratch_stride_ = stride; }
 
   int64_t parts(const Pointwise& w, bool shared) const {
-    return w.row_stride ? net_.lines(w.output_channels) : panels(w).count * pieces(w, shared);
+    return w.row_stride ? net_.lines(w.output_channels) : panels(w).count * (shared ? bands(w) : 1);
   }
   // `next` is the matrix that a thread reads after it; `shared`: each thread has a range of the parts.
-  void part(const Pointwise& w, const Pointwise& next, int64_t part, const ProductOperands& o, bool shared,
+  void part(const Pointwise& w, const Pointwise& next, int64_t part, std::span<const ProductOperands> o, bool shared,
             int thread) const;
   void whole(const Pointwise& w, const Pointwise& next, const ProductOperands& o, int thread) const {
-    for (int64_t i = 0; i < parts(w, false); ++i) part(w, next, i, o, false, thread);
+    for (int64_t i = 0; i < parts(w, false); ++i) part(w, next, i, {&o, 1}, false, thread);
   }
 
  private:
@@ -52,10 +53,10 @@ class Products {
   };
   void rows(const Pointwise& w, const Pointwise& next, int64_t vector, const ProductOperands& o, int thread) const;
   void panel(const Pointwise& w, int64_t panel, const Ahead& ahead, const ProductOperands& o) const;
-  void quarters(const Pointwise& w, int64_t panel, int64_t first_tile, int64_t last_tile, const Ahead& ahead,
-                const ProductOperands& o, int thread) const;
+  void quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, std::span<const ProductOperands> bands,
+                int thread) const;
 
-  int64_t pieces(const Pointwise& w, bool shared) const { return w.quartered && shared ? 2 : 1; }
+  int64_t bands(const Pointwise& w) const { return w.quartered ? bands_ : 1; }
   // Of a step.
   static int64_t step_tokens(const ProductOperands& o) { return o.sums ? ceil_div(o.tokens, 2) : o.tokens; }
   Panels panels(const Pointwise& w) const {
@@ -79,6 +80,7 @@ class Products {
   const Kernels& k_;
   const int threads_;
   const DType* converted_;
+  const int64_t bands_;
   char* scratch_ = nullptr;
   int64_t scratch_stride_ = 0;
 };

@@ -8,7 +8,8 @@
 //     depthwise: a line of x -> the same line of y
 //     pointwise: all of y -> a panel's channels of x
 //
-// and the product of large matrices is Strassen's (strassen.h): a line's partner in the other half of the channels
+// and the product of larger matrices in float32 is Strassen's (strassen.h): of the halves of each of two bands of rows,
+// whoever takes them, so that results do not depend on threads. A line's partner in the other half of the channels
 // follows it, and sums of both.
 //
 // y stays in the L2 of the thread that uses it. Images are taken in groups, as many as it takes to fill the vectors
@@ -19,10 +20,10 @@
 //  - Groups left over (fewer than threads): the threads share one group, a line each, a phase per block: the pointwise
 //    of block d for a line, then the depthwise of block d + 1 for the same line, which needs no other. The two
 //    kinds of panels alternate, so that one barrier per block is enough. (Frozen: the channels of a panel are no whole
-//    lines, so both have a phase of their own.)
+//    lines, so both have a phase of their own. Strassen's: items of the first band come first.)
 //  - Images too large for their y to stay in L2: bands of rows, one after the other or shared. x alternates between two
 //    buffers then, because the neighbours still read the old one. A shared image whose matrices or filters are small
-//    is cut into bands too, if that costs no vectors of tokens.
+//    is cut into bands too, if that costs no vectors of tokens; and one of Strassen's product by two threads.
 //
 // A line that another core has fetched takes 8 ns to write, where the cores have no L3 in common (two threads of a
 // virtual machine may find themselves on two core complexes of a Zen 5 processor, for seconds or minutes). So no data
@@ -40,7 +41,8 @@
 //    an Emerald Rapids, batch 1, in turns, time by bands / by lines: 1024 k9 1.07, 768 k3 1.00, 512 k5 0.97, 256 k5
 //    0.94, 128 k5 0.83; at 14 x 14 tokens 1024 1.17 to 1.29, 768 1.18 to 1.26, 256 1.03 to 1.07. Zen 5, on two core
 //    complexes and on one: 768 k3 bf16 0.92 and 1.00, not frozen 0.94 and 0.98, float32 not frozen 0.93 and 0.98; 1024
-//    k9 bf16 1.00 and 1.01.
+//    k9 bf16 1.00 and 1.01. Zen 4, likewise: Strassen's product by bands instead of by panels of half the tokens: 768
+//    k3 0.73 and 0.97, 1024 k9 0.83 and 1.00.
 //  - One kernel over the whole batch before the next: activations then leave the caches between kernels.
 // Fusing the pointwise with the next depthwise of an image that is not shared gains nothing: both passes hit the
 // caches.
@@ -59,6 +61,7 @@ namespace {
 constexpr int64_t kPackedBytes = 4 << 20;  // of compositions that are summed ahead of their use
 constexpr int64_t kGroupTokens = 256;      // of small images together: weights are read once for all of them
 constexpr int64_t kLinesAhead = 24;        // behind y, of nothing
+constexpr int64_t kCuts = 2;               // bands of an image for Strassen's product
 
 // What happens to a group, one step after the other. Items of a step are independent of each other.
 struct Step {
@@ -102,10 +105,13 @@ class Runner {
         threads_(useful_threads(flops(), parallel)),
         frozen_(!weights),
         plain_(weights && !weights->pw_coefficients),
-        products_(network, threads_, plain_ && !Network::reads(k_, shape_, *weights) ? &weights->type : nullptr) {
+        lines_(net_.lines(shape_.channels)),
+        plane_bytes_(height_ * width_ * k_.line_bytes),
+        strassen_(net_.quartered() && lines_ * plane_bytes_ <= band_bytes() && 2 * height_ * width_ > kGroupTokens),
+        cuts_(strassen_ && height_ >= 4 ? kCuts : 1),
+        products_(network, threads_, plain_ && !Network::reads(k_, shape_, *weights) ? &weights->type : nullptr,
+                  cuts_) {
     keeps_y_ = frozen_ || shape_.pw_residual;
-    lines_ = net_.lines(shape_.channels);
-    plane_bytes_ = height_ * width_ * k_.line_bytes;
     const int64_t image_bytes = lines_ * plane_bytes_;
     const int64_t fitting = std::min(band_bytes() / image_bytes, kGroupTokens / (height_ * width_));
     const int64_t fair = batch.size < threads_ ? batch.size : ceil_div(batch.size, int64_t(threads_));
@@ -118,8 +124,6 @@ class Runner {
     if (bands_ > 1 || (alone_ == 0 && group_ == 1 && bands_are_free())) {
       bands_ = std::min(round_up(bands_, sharers), height_);
     }
-    // However many threads there are, such an image is neither grouped nor cut: halves of the tokens are the same.
-    strassen_ = net_.quartered() && image_bytes <= band_bytes() && 2 * height_ * width_ > kGroupTokens;
   }
 
   void operator()() {
@@ -169,11 +173,11 @@ class Runner {
   // Whether a band for each thread takes no more vectors of tokens than the image, and either matrices stay in every L2
   // or cores read much less of what others have written: a few rows of x instead of their lines of y.
   bool bands_are_free() const {
+    if (strassen_) return threads_ == cuts_;
     const int64_t vectors = ceil_div(ceil_div(height_, int64_t(threads_)) * width_, k_.lanes);
     if (threads_ * vectors > ceil_div(height_ * width_, k_.lanes)) return false;
     const int64_t others_rows = 2 * (shape_.kernel_size / 2) * threads_;
-    return net_.matrix_bytes(shape_.channels, shape_.channels) <= kSmallMatrix ||
-           (!net_.quartered() && 2 * others_rows <= height_);
+    return net_.matrix_bytes(shape_.channels, shape_.channels) <= kSmallMatrix || 2 * others_rows <= height_;
   }
 
   std::vector<Step> steps(const Segment& segment, bool shared) const {
@@ -205,14 +209,19 @@ class Runner {
   int64_t measure(int64_t places) {
     x_bytes_ = lines_ * line_bytes_;
     x_count_ = bands_ > 1 ? 2 : 1;
-    const int64_t tokens = group_ * ceil_div(height_, bands_) * width_;
+    const int64_t bands = std::max(bands_, cuts_);
+    const Band largest = band(bands - 1, bands);
+    const int64_t tokens = bands_ > 1 ? largest.tokens : group_ * height_ * width_;
     const int64_t patch_lines = shape_.whole() ? net_.lines(net_.patch_inputs()) : 0;
-    const int64_t y_lines = keeps_y_ ? (strassen_ ? 2 : 1) * lines_ : 1;
+    const int64_t y_lines = keeps_y_ && !strassen_ ? lines_ : 1;
     const int64_t ahead = threads_ > 1 ? kLinesAhead : 0;
+    band_stride_ = line_stride(largest.bytes);
+    cut_bytes_ = (2 * lines_ + ahead) * band_stride_;
     y_bytes_ = (std::max(y_lines, patch_lines) + ahead) * line_stride(tokens * k_.line_bytes);
+    if (strassen_) y_bytes_ = std::max(y_bytes_, cuts_ * cut_bytes_);
     panels_bytes_ = frozen_ ? 0 : lines_ * round_up(tokens, k_.lanes) * k_.line_bytes;
     scratch_bytes_ = round_up(k_.depthwise_scratch(height_, width_, shape_.kernel_size) * 4, kCacheLine);
-    product_bytes_ = products_.scratch_bytes(tokens);
+    product_bytes_ = products_.scratch_bytes(strassen_ ? largest.tokens : tokens);
     packed_bytes_ = weights_ ? round_up(net_.bytes(), kCacheLine) : 0;
     pooled_bytes_ = shape_.whole() ? lines_ * batch_.size * k_.line_bytes : 0;
     logits_bytes_ = shape_.whole() ? net_.lines(shape_.classes) * batch_.size * k_.line_bytes : 0;
@@ -269,7 +278,7 @@ class Runner {
       case Step::kPointwise:
         return products_.parts(matrix(step.block), group.shared);
       case Step::kDepthwise:
-        return strassen_ ? lines_ / 2 : lines_;
+        return strassen_ ? cuts_ * (lines_ / 2) : lines_;
       default:
         return lines_;
     }
@@ -302,12 +311,12 @@ class Runner {
       case Step::kEmbed:
         return embed(item, group, thread);
       case Step::kDepthwise:
-        depthwise(step.block, item, group, thread);
         if (strassen_) {
-          depthwise(step.block, item + lines_ / 2, group, thread);
-          token_sums(item, group);
+          const int64_t pairs = lines_ / 2, cut = item / pairs;
+          return depthwise_pair(step.block, item % pairs, band(cut, cuts_), group.x[0], group.y + cut * cut_bytes_,
+                                thread);
         }
-        return;
+        return depthwise(step.block, item, group, thread);
       case Step::kPointwise:
         return pointwise(step.block, item, group, thread);
       case Step::kFused:
@@ -322,7 +331,10 @@ class Runner {
     int64_t first_row, last_row, tokens, bytes, offset;  // bytes: of one line of the band; offset: in a plane
   };
   Band band(int64_t i, int64_t bands) const {
-    const int64_t first = i * height_ / bands, last = (i + 1) * height_ / bands, row = width_ * k_.line_bytes;
+    // Strassen's product writes an even number of tokens; behind the last line of x there is room for one more.
+    const int64_t even = strassen_ && width_ % 2 ? 2 : 1;
+    auto begin = [&](int64_t i) { return i < bands ? i * height_ / bands / even * even : height_; };
+    const int64_t first = begin(i), last = begin(i + 1), row = width_ * k_.line_bytes;
     return {first, last, (last - first) * width_, (last - first) * row, first * row};
   }
 
@@ -353,13 +365,14 @@ class Runner {
     pack_panels(y, group.count * height_ * width_, line, group.panels[d & 1]);
   }
 
-  // Frozen, of Strassen's product (strassen.h): behind y, and like it. Null: none.
-  char* sums(const Group& group) const { return strassen_ ? group.y + lines_ * line_bytes_ : nullptr; }
-
-  // Of a line of the first half and its partner in the second.
-  void token_sums(int64_t line, const Group& group) const {
-    const int64_t first = line * line_bytes_, second = first + lines_ / 2 * line_bytes_;
-    k_.token_sums({{group.y + first, group.y + second}, {sums(group) + first, sums(group) + second}, height_ * width_});
+  // Of Strassen's product (strassen.h): a line of a band, its partner in the other half of the channels and their sums.
+  void depthwise_pair(int64_t d, int64_t line, const Band& band, const char* x, char* y, int thread) const {
+    const int64_t lines[] = {line, line + lines_ / 2};
+    for (const int64_t l : lines) depthwise(d, l, band, x + l * line_bytes_, y + l * band_stride_, thread);
+    char* sums = y + lines_ * band_stride_;
+    k_.token_sums({{y + lines[0] * band_stride_, y + lines[1] * band_stride_},
+                   {sums + lines[0] * band_stride_, sums + lines[1] * band_stride_},
+                   band.tokens});
   }
 
   void pack_panels(const char* y, int64_t tokens, int64_t line, char* panels) const {
@@ -374,33 +387,46 @@ class Runner {
 
   // Part of the output channels of all tokens.
   void stem(int64_t part, const Group& group, int thread) const {
-    products_.part(net_.stem(), after_stem(), part, operands(group, group.y), group.shared, thread);
+    const ProductOperands o = operands(group, group.y);
+    products_.part(net_.stem(), after_stem(), part, {&o, 1}, group.shared, thread);
   }
+  // The same; of Strassen's product, of a band's or of all bands'.
   void pointwise(int64_t d, int64_t part, const Group& group, int thread) const {
-    ProductOperands o = operands(group, frozen_ ? group.y : group.panels[d & 1]);
-    if (shape_.pw_residual) o.residual = group.y, o.residual_stride = line_bytes_;
-    o.sums = sums(group);
-    products_.part(matrix(d), next_matrix(d), part, o, group.shared, thread);
+    ProductOperands o[kCuts] = {operands(group, frozen_ ? group.y : group.panels[d & 1])};
+    if (shape_.pw_residual) o[0].residual = group.y, o[0].residual_stride = line_bytes_;
+    for (int64_t i = 0; strassen_ && i < cuts_; ++i)
+      o[i] = operands(band(i, cuts_), group.y + i * cut_bytes_, group.x[0]);
+    products_.part(matrix(d), next_matrix(d), part, {o, size_t(cuts_)}, group.shared, thread);
   }
   ProductOperands operands(const Group& group, const char* input) const {
     const int64_t tokens = group.count * height_ * width_;
     return {input, line_bytes_, tokens, nullptr, 0, group.x[0], line_bytes_, shape_.activation};
   }
+  ProductOperands operands(const Band& band, const char* y, char* x) const {
+    return {.input = y,
+            .input_stride = band_stride_,
+            .tokens = band.tokens,
+            .residual = shape_.pw_residual ? y : nullptr,
+            .residual_stride = band_stride_,
+            .output = x + band.offset,
+            .output_stride = line_bytes_,
+            .activation = shape_.activation,
+            .sums = strassen_ ? y + lines_ * band_stride_ : nullptr};
+  }
 
   void block(int64_t d, int64_t item, const Group& group, int thread) const {
     const Band band = this->band(item, bands_);
-    const int64_t stride = line_stride(band.bytes);
     const char* x = group.x[d & 1];
     char *y = y_ + thread * y_bytes_, *panels = panels_ + thread * panels_bytes_;
-    for (int64_t line = 0; line < lines_; ++line) {
-      char* y_line = keeps_y_ ? y + line * stride : y;
+    for (int64_t line = 0; strassen_ && line < lines_ / 2; ++line) depthwise_pair(d, line, band, x, y, thread);
+    for (int64_t line = 0; !strassen_ && line < lines_; ++line) {
+      char* y_line = keeps_y_ ? y + line * band_stride_ : y;
       depthwise(d, line, band, x + line * line_bytes_, y_line, thread);
       pack_panels(y_line, band.tokens, line, panels);
     }
-    products_.whole(matrix(d), next_matrix(d),
-                    {frozen_ ? y : panels, stride, band.tokens, shape_.pw_residual ? y : nullptr, stride,
-                     group.x[(d + 1) & 1] + band.offset, line_bytes_, shape_.activation},
-                    thread);
+    ProductOperands o = operands(band, y, group.x[(d + 1) & 1]);
+    if (!frozen_) o.input = panels;
+    products_.whole(matrix(d), next_matrix(d), o, thread);
   }
 
   Pointwise matrix(int64_t d) const {
@@ -413,10 +439,9 @@ class Runner {
   void classify(Team& team, int thread) const {
     const Pointwise w = net_.head();
     const int64_t stride = batch_.size * k_.line_bytes;
-    team.phase(thread, products_.parts(w, true), [&](int64_t part) {
-      products_.part(w, w, part, {pooled_, stride, batch_.size, nullptr, 0, logits_, stride, Activation::kIdentity},
-                     true, thread);
-    });
+    const ProductOperands o{pooled_, stride, batch_.size, nullptr, 0, logits_, stride, Activation::kIdentity};
+    team.phase(thread, products_.parts(w, true),
+               [&](int64_t part) { products_.part(w, w, part, {&o, 1}, true, thread); });
     External to = batch_.output;
     to.channels = shape_.classes, to.height = 1, to.width = batch_.size;
     to.channel_stride = 1, to.row_stride = 0, to.column_stride = batch_.output_stride;
@@ -443,12 +468,16 @@ class Runner {
   const Parallel& parallel_;
   const int64_t height_, width_;  // tokens
   const int threads_;
-  const bool frozen_, plain_;  // matrices lie in panels; they are read where they are
+  const bool frozen_, plain_;          // matrices lie in panels; they are read where they are
+  const int64_t lines_, plane_bytes_;  // of channels; of an image in one of them
+  const bool strassen_;                // sums of y are needed, too (strassen.h)
+  const int64_t cuts_;                 // bands of y then
   Products products_;
-  int64_t lines_, bands_;
-  int64_t group_, groups_, alone_;            // images in a group; groups; those that a thread takes alone
-  bool keeps_y_, strassen_;                   // all lines of y are needed at once; and their sums are (strassen.h)
-  int64_t plane_bytes_ = 0, line_bytes_ = 0;  // of an image and of a group, in one line of channels
+  int64_t bands_;
+  int64_t group_, groups_, alone_;           // images in a group; groups; those that a thread takes alone
+  bool keeps_y_;                             // all lines of y are needed at once
+  int64_t line_bytes_ = 0;                   // of a group, in one line of channels
+  int64_t band_stride_ = 0, cut_bytes_ = 0;  // from line to line of a band of y; from band to band
   int64_t panels_bytes_ = 0, product_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0;
   int64_t packed_bytes_ = 0, pooled_bytes_ = 0, logits_bytes_ = 0;
   char *x_ = nullptr, *y_ = nullptr, *panels_ = nullptr, *scratch_ = nullptr, *pooled_ = nullptr, *logits_ = nullptr;
