@@ -142,9 +142,10 @@ def test_large(name: str, dtype: str) -> None:
         assert np.array_equal(y, run(a, isa, threads=1, packed=True)), isa
 
 
-# Large matrices of frozen networks lie in quarters, and images of more than 128 tokens that fit a band get Strassen's
+# Larger matrices of frozen networks lie in quarters, and images of more than 128 tokens that fit a band get Strassen's
 # product: an odd and even number of vectors of a half, of tokens and of tiles; then images that are grouped or cut.
 QUARTERS: dict[str, dict[str, Any]] = {
+    "fewest-channels": {"C": 256, "H": 16, "W": 16, "k": 5, "D": 3},
     "even": {"C": 576, "H": 12, "W": 12},
     "odd-tokens": {"C": 544, "H": 13, "W": 11, "activation": "relu"},
     "fewest-tokens": {"C": 544, "H": 3, "W": 43, "k": 1, "D": 1},

@@ -15,7 +15,7 @@ Network::Network(const Kernels& kernels, NetworkShape shape, int64_t slots, Matr
   const NetworkShape& s = shape_;
   const int64_t channels = padded(s.channels);
   quartered_ = form == MatrixForm::kQuarters && kernels.token_sums && s.channels % (2 * kernels.line_channels) == 0 &&
-               matrix_bytes(s.channels, s.channels) > kSmallMatrix;
+               s.channels >= kStrassenChannels;
   auto place = [&](int64_t bytes) {
     const int64_t offset = bytes_;
     bytes_ += round_up(bytes, kCacheLine);

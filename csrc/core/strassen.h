@@ -3,8 +3,8 @@
 //
 //     W = W11 W12   W: halves of the output channels by halves of the input channels
 //         W21 W22
-//     Y = Y11 Y12   Y: halves of the input channels by halves of the tokens of an image (of an odd number with
-//         Y21 Y22      one of zeros behind them)
+//     Y = Y11 Y12   Y: halves of the input channels by halves of the tokens of a band of an image (of an odd number
+//         Y21 Y22      with one of zeros behind them)
 //
 //     S1 = W21 + W22   S2 = S1 - W11   S3 = W11 - W21   S4 = W12 - S2      once, by freeze()
 //     T1 = Y12 - Y11   T2 = Y22 - T1   T3 = Y22 - Y12   T4 = Y21 - T2      by the thread that makes Y
@@ -17,9 +17,10 @@
 //
 // Cost: 7/8 of the multiply-adds; 2 % of their number again in vectors kept and taken; sums of Y another 1 %. Memory:
 // with the quarter that only a plain product needs, which other sizes of images get, twice the matrix. Time of whole
-// networks on a Zen 5 processor, medians in turns: 768/32 and 1024/20 at batch 8 0.92 to 0.96, at batch 1 0.93 to 0.96,
-// up to 1.06 while neighbours are busy; with AVX2 kernels there 0.95 to 0.96. Of no help: asking for the next tile's
-// tokens ahead, several panels per step, half as many tokens.
+// networks, medians in turns: 768/32 and 1024/20 on a Zen 5 processor at batch 8 0.92 to 0.96, with AVX2 kernels there
+// 0.95 to 0.96; chains of 256, 384 and 512 channels on a Zen 4 0.94, 0.93 and 0.91 (small images, with a plain product
+// of quarters, 1.01 to 1.03). Of no help: asking for the next tile's tokens ahead, several panels per step, panels of
+// three vectors where an even number of them is narrower.
 //
 // Numerics: the error of a part of the output grows with all of W and Y, not with its own row and column. So only
 // between the ends of a whole network, whose logits mix all tokens of an image anyway, never across images, and in

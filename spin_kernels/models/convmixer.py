@@ -71,7 +71,7 @@ class ConvMixer(Freezable):
     blocks, ``head`` averages over positions and classifies. BatchNorm's parameters and statistics, gains and
     coefficients stay float32 when the model is converted to bfloat16 or float16. ``freeze()`` packs the whole
     network, which then takes images in float32 or in the model's dtype and runs as one operator; logits have
-    the image's dtype. In float32, pointwise matrices of more than 512 channels (multiples of 32) are packed as quarters
+    the image's dtype. In float32, pointwise matrices of 256 channels or more (multiples of 32) are packed as quarters
     and sums of quarters, twice their size, for Strassen's product.
 
     Args:
