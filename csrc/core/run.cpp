@@ -42,7 +42,7 @@
 //    0.94, 128 k5 0.83; at 14 x 14 tokens 1024 1.17 to 1.29, 768 1.18 to 1.26, 256 1.03 to 1.07. Zen 5, on two core
 //    complexes and on one: 768 k3 bf16 0.92 and 1.00, not frozen 0.94 and 0.98, float32 not frozen 0.93 and 0.98; 1024
 //    k9 bf16 1.00 and 1.01. Zen 4, likewise: Strassen's product by bands instead of by panels of half the tokens: 768
-//    k3 0.73 and 0.97, 1024 k9 0.83 and 1.00.
+//    k3 0.73 and 0.97, 1024 k9 0.83 and 1.00; 1024 k9 bf16 0.95 and 0.99.
 //  - One kernel over the whole batch before the next: activations then leave the caches between kernels.
 // Fusing the pointwise with the next depthwise of an image that is not shared gains nothing: both passes hit the
 // caches.
@@ -176,8 +176,8 @@ class Runner {
     if (strassen_) return threads_ == cuts_;
     const int64_t vectors = ceil_div(ceil_div(height_, int64_t(threads_)) * width_, k_.lanes);
     if (threads_ * vectors > ceil_div(height_ * width_, k_.lanes)) return false;
-    const int64_t others_rows = 2 * (shape_.kernel_size / 2) * threads_;
-    return net_.matrix_bytes(shape_.channels, shape_.channels) <= kSmallMatrix || 2 * others_rows <= height_;
+    const int64_t others_rows = 2 * (shape_.kernel_size / 2) * threads_, most = frozen_ ? height_ : height_ / 2;
+    return others_rows <= most || net_.matrix_bytes(shape_.channels, shape_.channels) <= kSmallMatrix;
   }
 
   std::vector<Step> steps(const Segment& segment, bool shared) const {
