@@ -142,8 +142,8 @@ def test_large(name: str, dtype: str) -> None:
         assert np.array_equal(y, run(a, isa, threads=1, packed=True)), isa
 
 
-# Larger matrices of frozen networks lie in quarters, and images of more than 128 tokens that fit a band get Strassen's
-# product: an odd and even number of vectors of a half, of tokens and of tiles; then images that are grouped or cut.
+# Larger matrices of frozen networks lie in quarters, and images of 32 tokens or more get Strassen's product: an odd and
+# even number of vectors of a half, of tokens, cuts and tiles, of threads for them; images that are grouped or banded.
 QUARTERS: dict[str, dict[str, Any]] = {
     "fewest-channels": {"C": 256, "H": 16, "W": 16, "k": 5, "D": 3},
     "even": {"C": 576, "H": 12, "W": 12},
@@ -151,10 +151,14 @@ QUARTERS: dict[str, dict[str, Any]] = {
     "fewest-tokens": {"C": 544, "H": 3, "W": 43, "k": 1, "D": 1},
     "residual": {"C": 544, "H": 10, "W": 14, "pw_residual": True, "S": 1, "gain": True},
     "templates": {"C": 608, "H": 10, "W": 13, "S": 2, "templates": 3, "bias": False},
-    "odd-bands": {"C": 544, "H": 7, "W": 21, "k": 5, "D": 3},
+    "odd-cuts": {"C": 544, "H": 7, "W": 21, "k": 5, "D": 3},
+    "four-cuts": {"C": 288, "H": 13, "W": 21, "k": 9, "D": 3, "pw_residual": True},
     "one-left-over": {"C": 576, "H": 12, "W": 12, "B": 3},
     "grouped": {"C": 544, "H": 7, "W": 9, "B": 5},
-    "bands": {"C": 544, "H": 40, "W": 17, "D": 1},
+    "few-tokens": {"C": 288, "H": 5, "W": 6, "B": 7},
+    "one-token": {"C": 288, "H": 1, "W": 1, "B": 2},
+    "bands": {"C": 544, "H": 40, "W": 17, "D": 3},
+    "one-row": {"C": 544, "H": 1, "W": 701, "k": 7, "D": 2},
 }
 
 
@@ -180,8 +184,9 @@ def test_strassen_is_used_and_nearly_as_exact(isa: str) -> None:
 
 
 @every_isa
-def test_quarters_keep_images_apart(isa: str) -> None:
-    a = draw(generator("apart"), C=544, H=12, W=12, B=3)
+@pytest.mark.parametrize("side", [7, 12])
+def test_quarters_keep_images_apart(side: int, isa: str) -> None:
+    a = draw(generator("apart"), C=544, H=side, W=side, B=3)
     y = run(a, isa, packed=True, quarters=True)
     a["x"][1, 5, 3, 3] = np.nan
     soiled = run(a, isa, packed=True, quarters=True)

@@ -74,8 +74,8 @@ struct PanelProductArgs {
   int64_t input_stride;  // bytes from one line to the next
   ProductTarget to;
   // One of several products that are added up: `from` plus this goes to `keep`, `base` plus this is finished. Null:
-  // from zero, nowhere, from zero; what is kept and has no base is not finished. A panel's tiles lie one after the
-  // other there.
+  // from zero, nowhere, from zero; what is kept and has no base is not finished. There a token has all vectors of the
+  // panel.
   const float* from = nullptr;
   float* keep = nullptr;
   const float* base = nullptr;

@@ -10,10 +10,10 @@ int64_t Products::kept_bytes(int64_t tokens) const {
   return round_up(tokens, kTileTokens) * k_.panel_vectors * k_.lanes * int64_t(sizeof(float));
 }
 
-int64_t Products::scratch_bytes(int64_t tokens) const {
+int64_t Products::scratch_bytes(int64_t tokens, int64_t operands) const {
   if (converted_) return k_.lanes * net_.row_stride(net_.shape().channels);
   // Two buffers for a half of the tokens, or one for all.
-  return net_.quartered() ? bands_ * 2 * kept_bytes(ceil_div(tokens, 2)) : 0;
+  return net_.quartered() ? operands * 2 * kept_bytes(ceil_div(tokens, 2)) : 0;
 }
 
 void Products::part(const Pointwise& w, const Pointwise& next, int64_t part, std::span<const ProductOperands> o,
@@ -23,14 +23,15 @@ void Products::part(const Pointwise& w, const Pointwise& next, int64_t part, std
     for (int64_t v = part * per_line; v < std::min((part + 1) * per_line, vectors); ++v) rows(w, next, v, o[0], thread);
     return;
   }
-  const int64_t sharers = shared ? threads_ : 1, self = shared ? thread : 0;
+  const int64_t sharers = shared ? threads_ : 1, self = shared ? thread : 0, count = panels(w).count;
   // Where a thread's range of a matrix's parts begins.
-  auto own = [&](const Pointwise& matrix, int64_t thread) { return parts(matrix, shared) * thread / sharers; };
+  auto own = [&](const Pointwise& matrix, int64_t thread) {
+    return parts(matrix, shared, int64_t(o.size())) * thread / sharers;
+  };
   const bool last = part + 1 == own(w, self + 1);
+  const int64_t after = last ? own(next, self) : part + 1;
   const Pointwise& source = last ? next : w;
-  const int64_t after = last ? own(next, self) : std::min(part + 1, parts(w, shared) - 1);
   const Ahead ahead = panel_at(source, after % panels(source).count);
-  const int64_t count = panels(w).count;
   if (!w.quartered) return panel(w, part, ahead, o[0]);
   quarters(w, part % count, ahead, shared ? o.subspan(part / count, 1) : o, thread);
 }
@@ -94,10 +95,10 @@ void Products::panel(const Pointwise& w, int64_t panel, const Ahead& ahead, cons
   });
 }
 
-void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, std::span<const ProductOperands> bands,
-                        int thread) const {
+void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead,
+                        std::span<const ProductOperands> operands, int thread) const {
   const std::span<const QuarterStep> steps =
-      bands[0].sums ? std::span<const QuarterStep>(kStrassenSteps) : std::span<const QuarterStep>(kPlainSteps);
+      operands[0].sums ? std::span<const QuarterStep>(kStrassenSteps) : std::span<const QuarterStep>(kPlainSteps);
   const Panels panels = this->panels(w);
   const int64_t first = panels.begin(panel), vectors = panels.begin(panel + 1) - first;
   const int64_t half = w.output_channels / 2, bytes = panel_bytes(w, vectors);
@@ -105,31 +106,33 @@ void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, s
   for (size_t i = 0; i < steps.size(); ++i) {
     const QuarterStep& step = steps[i];
     const Ahead next = i + 1 == steps.size() ? ahead : Ahead{matrix + steps[i + 1].weights * bytes, bytes};
-    const int64_t share = round_up(ceil_div(next.bytes, int64_t(bands.size())), kCacheLine);
+    const int64_t share = round_up(ceil_div(next.bytes, int64_t(operands.size())), kCacheLine);
+    int64_t asked = 0;
     char* buffers = scratch_ + thread * scratch_stride_;
-    for (size_t b = 0; b < bands.size(); ++b) {
-      const ProductOperands& band = bands[b];
-      const int64_t tokens = step_tokens(band), second = tokens * k_.line_bytes;  // where the second half begins
+    for (const ProductOperands& o : operands) {
+      const int64_t tokens = step_tokens(o), second = tokens * k_.line_bytes;  // where the second half begins
       const int64_t output = step.output.token_half() * second;
-      ProductOperands to = band;
-      to.tokens = tokens, to.output += output;
-      if (to.residual) to.residual += output;
       auto kept = [&](int buffer) {
         return buffer < 0 ? nullptr : reinterpret_cast<float*>(buffers + buffer * kept_bytes(tokens));
       };
+      ProductOperands to = o;
+      to.tokens = step.output.token_half() ? o.tokens - tokens : tokens;  // an odd number's second half has one less
+      to.output += output;
+      if (to.residual) to.residual += output;
       k_.panel_product({
           .panel = matrix + step.weights * bytes,
           .vectors = vectors,
           .input_channels = half,
-          .input = (step.input.in_sums() ? band.sums : band.input) +
-                   step.input.channel_half() * net_.lines(half) * band.input_stride + step.input.token_half() * second,
-          .input_stride = band.input_stride,
+          .input = (step.input.in_sums() ? o.sums : o.input) +
+                   step.input.channel_half() * net_.lines(half) * o.input_stride + step.input.token_half() * second,
+          .input_stride = o.input_stride,
           .to = target(w, first + step.output.channel_half() * net_.vectors(half), to,
-                       {next.data + b * share, std::min(share, next.bytes - int64_t(b) * share)}),
+                       {next.data + asked, std::min(share, next.bytes - asked)}),
           .from = kept(step.from),
           .keep = kept(step.keep),
           .base = kept(step.base),
       });
+      asked = std::min(asked + share, next.bytes);
       buffers += 2 * kept_bytes(tokens);
     }
   }

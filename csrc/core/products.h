@@ -3,8 +3,9 @@
 //  - Plain rows: a part is a line of output channels. A line of a matrix of another element type than the chain's is
 //    converted right before its use.
 //  - Panels (frozen): a part is a panel.
-//  - Panels of quarters: a part is a panel of both halves of the output channels (strassen.h), for all bands of tokens,
-//    or where threads share a matrix, for one; parts of one band come after those of the other.
+//  - Panels of quarters: a part is a panel of both halves of the output channels (strassen.h), for all operands, or
+//  where
+//    threads share a matrix, for one; the first operand's parts come first.
 #pragma once
 #include <span>
 
@@ -26,23 +27,23 @@ struct ProductOperands {
 
 class Products {
  public:
-  // `converted`: the element type of rows that are not of the operands' (null: they are); `bands`: operands of a
-  // product of quarters.
-  Products(const Network& network, int threads, const DType* converted, int64_t bands)
-      : net_(network), k_(network.kernels()), threads_(threads), converted_(converted), bands_(bands) {}
+  // `converted`: the element type of rows that are not of the operands' (null: they are).
+  Products(const Network& network, int threads, const DType* converted)
+      : net_(network), k_(network.kernels()), threads_(threads), converted_(converted) {}
 
-  // Per thread, for at most so many tokens of each operand.
-  int64_t scratch_bytes(int64_t tokens) const;
+  // Per thread, for at most so many operands of at most so many tokens.
+  int64_t scratch_bytes(int64_t tokens, int64_t operands) const;
   void bind(char* scratch, int64_t stride) { scratch_ = scratch, scratch_stride_ = stride; }
 
-  int64_t parts(const Pointwise& w, bool shared) const {
-    return w.row_stride ? net_.lines(w.output_channels) : panels(w).count * (shared ? bands(w) : 1);
+  int64_t parts(const Pointwise& w, bool shared, int64_t operands) const {
+    return w.row_stride ? net_.lines(w.output_channels) : panels(w).count * (shared && w.quartered ? operands : 1);
   }
-  // `next` is the matrix that a thread reads after it; `shared`: each thread has a range of the parts.
+  // `next` is the matrix that a thread reads after it; `shared`: each thread has a range of the parts. Only a product
+  // of quarters has several operands.
   void part(const Pointwise& w, const Pointwise& next, int64_t part, std::span<const ProductOperands> o, bool shared,
             int thread) const;
-  void whole(const Pointwise& w, const Pointwise& next, const ProductOperands& o, int thread) const {
-    for (int64_t i = 0; i < parts(w, false); ++i) part(w, next, i, {&o, 1}, false, thread);
+  void whole(const Pointwise& w, const Pointwise& next, std::span<const ProductOperands> o, int thread) const {
+    for (int64_t i = 0; i < parts(w, false, 1); ++i) part(w, next, i, o, false, thread);
   }
 
  private:
@@ -53,10 +54,9 @@ class Products {
   };
   void rows(const Pointwise& w, const Pointwise& next, int64_t vector, const ProductOperands& o, int thread) const;
   void panel(const Pointwise& w, int64_t panel, const Ahead& ahead, const ProductOperands& o) const;
-  void quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, std::span<const ProductOperands> bands,
+  void quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, std::span<const ProductOperands> operands,
                 int thread) const;
 
-  int64_t bands(const Pointwise& w) const { return w.quartered ? bands_ : 1; }
   // Of a step.
   static int64_t step_tokens(const ProductOperands& o) { return o.sums ? ceil_div(o.tokens, 2) : o.tokens; }
   Panels panels(const Pointwise& w) const {
@@ -80,7 +80,6 @@ class Products {
   const Kernels& k_;
   const int threads_;
   const DType* converted_;
-  const int64_t bands_;
   char* scratch_ = nullptr;
   int64_t scratch_stride_ = 0;
 };

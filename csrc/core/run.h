@@ -1,4 +1,4 @@
-// Runs a network on a batch: the schedule.
+// Runs a network on a batch.
 #pragma once
 #include "network.h"
 #include "team.h"

@@ -3,8 +3,8 @@
 //
 //     W = W11 W12   W: halves of the output channels by halves of the input channels
 //         W21 W22
-//     Y = Y11 Y12   Y: halves of the input channels by halves of the tokens of a band of an image (of an odd number
-//         Y21 Y22      with one of zeros behind them)
+//     Y = Y11 Y12   Y: halves of the input channels by halves of the tokens of a cut of an image (some of its rows; of
+//         Y21 Y22      an odd number with a token of zeros behind them)
 //
 //     S1 = W21 + W22   S2 = S1 - W11   S3 = W11 - W21   S4 = W12 - S2      once, by freeze()
 //     T1 = Y12 - Y11   T2 = Y22 - T1   T3 = Y22 - Y12   T4 = Y21 - T2      by the thread that makes Y
@@ -13,14 +13,14 @@
 //     U' = U + S3 T3                   U' + W22 T4           U' + S1 T1
 //
 // Sums of products stay with the tile that makes them: a step takes them from, and leaves them in, one of two buffers
-// of a panel's size ("kept"), or finishes them.
+// of a panel's size ("kept"), or finishes them. A step does all cuts that a thread has, while its quarter is in L2.
 //
 // Cost: 7/8 of the multiply-adds; 2 % of their number again in vectors kept and taken; sums of Y another 1 %. Memory:
-// with the quarter that only a plain product needs, which other sizes of images get, twice the matrix. Time of whole
+// with the quarter that only a plain product needs, which images of few tokens get, twice the matrix. Time of whole
 // networks, medians in turns: 768/32 and 1024/20 on a Zen 5 processor at batch 8 0.92 to 0.96, with AVX2 kernels there
-// 0.95 to 0.96; chains of 256, 384 and 512 channels on a Zen 4 0.94, 0.93 and 0.91 (small images, with a plain product
-// of quarters, 1.01 to 1.03). Of no help: asking for the next tile's tokens ahead, several panels per step, panels of
-// three vectors where an even number of them is narrower.
+// 0.95 to 0.96; chains of 256, 384 and 512 channels on a Zen 4 0.94, 0.93 and 0.91, of 768 with 32 x 32 or 7 x 7 tokens
+// 0.90 and 0.91. Of no help: asking for the next tile's tokens ahead, several panels per step, panels of three vectors
+// where an even number of them is narrower. Cuts of 64, 128 and 256 tokens are equally fast.
 //
 // Numerics: the error of a part of the output grows with all of W and Y, not with its own row and column. So only
 // between the ends of a whole network, whose logits mix all tokens of an image anyway, never across images, and in
@@ -78,6 +78,14 @@ struct TokenSumsArgs {
   char* sums[2];   // T1 T2, T3 T4
   int64_t tokens;
 };
+
+// The cuts of an image, the same whoever takes them, so that results do not depend on threads. Up to four of 64 tokens
+// or more, if rows allow, then of 128; in halves of fewer than 16, tiles would not be full: 0.
+inline int64_t strassen_cuts(int64_t height, int64_t width) {
+  int64_t cuts = 1;
+  while (2 * cuts <= height && height * width >= 2 * cuts * (cuts < 4 ? 64 : 128)) cuts *= 2;
+  return height * width >= 32 ? cuts : 0;
+}
 
 template <class V>
 void token_sums(const TokenSumsArgs& a) {
