@@ -147,18 +147,18 @@ def test_large(name: str, dtype: str) -> None:
 QUARTERS: dict[str, dict[str, Any]] = {
     "fewest-channels": {"C": 256, "H": 16, "W": 16, "k": 5, "D": 3},
     "even": {"C": 576, "H": 12, "W": 12},
-    "odd-tokens": {"C": 544, "H": 13, "W": 11, "activation": "relu"},
-    "fewest-tokens": {"C": 544, "H": 3, "W": 43, "k": 1, "D": 1},
-    "residual": {"C": 544, "H": 10, "W": 14, "pw_residual": True, "S": 1, "gain": True},
-    "templates": {"C": 608, "H": 10, "W": 13, "S": 2, "templates": 3, "bias": False},
-    "odd-cuts": {"C": 544, "H": 7, "W": 21, "k": 5, "D": 3},
+    "odd-tokens": {"C": 352, "H": 13, "W": 11, "activation": "relu"},
+    "fewest-tokens": {"C": 288, "H": 3, "W": 43, "k": 1, "D": 1},
+    "residual": {"C": 288, "H": 10, "W": 14, "pw_residual": True, "S": 1, "gain": True},
+    "templates": {"C": 320, "H": 10, "W": 13, "S": 2, "templates": 3, "bias": False},
+    "odd-cuts": {"C": 288, "H": 7, "W": 21, "k": 5, "D": 3},
     "four-cuts": {"C": 288, "H": 13, "W": 21, "k": 9, "D": 3, "pw_residual": True},
-    "one-left-over": {"C": 576, "H": 12, "W": 12, "B": 3},
-    "grouped": {"C": 544, "H": 7, "W": 9, "B": 5},
+    "one-left-over": {"C": 320, "H": 12, "W": 12, "B": 3},
+    "grouped": {"C": 288, "H": 7, "W": 9, "B": 5},
     "few-tokens": {"C": 288, "H": 5, "W": 6, "B": 7},
     "one-token": {"C": 288, "H": 1, "W": 1, "B": 2},
-    "bands": {"C": 544, "H": 40, "W": 17, "D": 3},
-    "one-row": {"C": 544, "H": 1, "W": 701, "k": 7, "D": 2},
+    "bands": {"C": 288, "H": 79, "W": 17, "D": 3},
+    "one-row": {"C": 288, "H": 1, "W": 1351, "k": 7, "D": 2},
 }
 
 
@@ -170,7 +170,7 @@ def test_quarters(name: str, dtype: str) -> None:
     for isa in ISAS:
         y = run(a, isa, packed=True, quarters=True)
         expected.check(y, isa)
-        for threads in (2, 3, 4):
+        for threads in (2, 3, 4) if dtype == "float32" else (2,):  # other types differ at the network's ends only
             assert np.array_equal(y, run(a, isa, threads=threads, packed=True, quarters=True)), (isa, threads)
 
 

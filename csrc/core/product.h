@@ -26,11 +26,12 @@
 //
 // V has the operands, Out the chain: the same in inference; training's chain is float32 whatever it multiplies.
 //
-// Numerics: float32 sums in order of the input channel, 256 at a time (of quarters 64) and those added up, the same for
-// every tile shape and thread count. A sum's rounding grows with its length: in ConvMixer 1024/20 the error of the
-// logits is 0.65 of what single sums of 1024 leave, that of eager PyTorch. Time on an AMD EPYC (AVX2), float32, batch
-// 1, medians of ten launches of both: 768/32 0.97, 1024/20 1.01, 256/8 1.03 (blocks of 128: 1.11, 1.03, 1.08; the tiles
-// of a vector of rows within a block before the next block: 1.13, 1.01, 1.08, of four to six).
+// Numerics: float32 sums in order of the input channel, of float32 operands 256 at a time (of quarters 64) and those
+// added up, the same for every tile shape and thread count. A sum's rounding grows with its length: in ConvMixer
+// 1024/20 the error of the logits is 0.65 of what single sums of 1024 leave, that of eager PyTorch. Time on an AMD EPYC
+// (AVX2), float32, batch 1, medians of ten launches of both: 768/32 0.97, 1024/20 1.01, 256/8 1.03 (blocks of 128: 1.11,
+// 1.03, 1.08; the tiles of a vector of rows within a block before the next block: 1.13, 1.01, 1.08, of four to six).
+// Pairs of bf16 were rounded a thousand times as much: one sum, 0.99 of the time at 768 and 1024 channels (Zen 4).
 #pragma once
 #include "epilogue.h"
 #include "kernels.h"
@@ -46,7 +47,9 @@ struct Product {
 
   static constexpr int64_t kLineChannels = V::kLanes * V::kLineVectors;
   static constexpr bool kPairs = V::kLineVectors == 2;  // a unit holds two channels
-  static constexpr int64_t kSumLines = 256 / kLineChannels, kFineSumLines = 64 / kLineChannels;
+  static constexpr int64_t kAllLines = int64_t(1) << 40;
+  static constexpr int64_t kSumLines = kPairs ? kAllLines : 256 / kLineChannels;
+  static constexpr int64_t kFineSumLines = kPairs ? kAllLines : 64 / kLineChannels;
 
   static void pack_panels(const PackPanelsArgs& a) {
     // A line of panels of bf16 takes two lines of a float32 chain; half a transposition is then for nothing.

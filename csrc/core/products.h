@@ -3,9 +3,8 @@
 //  - Plain rows: a part is a line of output channels. A line of a matrix of another element type than the chain's is
 //    converted right before its use.
 //  - Panels (frozen): a part is a panel.
-//  - Panels of quarters: a part is a panel of both halves of the output channels (strassen.h), for all operands, or
-//  where
-//    threads share a matrix, for one; the first operand's parts come first.
+//  - Panels of quarters: a part is a panel of both halves of the output channels (strassen.h), for all operands; where
+//    threads share a matrix, for one of them, and the first operand's parts come first.
 #pragma once
 #include <span>
 
