@@ -1,6 +1,7 @@
 """Forward and backward of csrc/core through spin_runtime: every instruction set against derivatives of the NumPy
 reference along random directions. NumPy only, for the sanitizer build, like test_runtime.py."""
 
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -86,15 +87,19 @@ def test_gradients_along_random_directions(regime: str, eps: float | None, isa: 
 def test_narrow_types_agree_with_float32(dtype: str, isa: str) -> None:
     for shape in ({"C": 17, "D": 3}, {"C": 32, "D": 9, "pw_residual": True, "B": 3}, {"C": 20, "templates": 2, "S": 2}):
         rng = generator(dtype, isa, shape)
-        narrow = draw(rng, **shape, dtype=dtype)
-        wide = {n: decode(v).astype(np.float32) if isinstance(v, np.ndarray) else v for n, v in narrow.items()}
-        grad = rng.standard_normal(narrow["x"].shape, np.float32)
-        rounded = encode(grad, dtype)
-        *_, grads = gradients(narrow, rounded, isa, 1e-3)
-        *_, lean = gradients(narrow, rounded, isa, 1e-3, checkpoint=True, threads=2)
-        assert all(one is other or np.array_equal(one, other) for one, other in zip(grads, lean, strict=True)), shape
-        *_, expected = gradients(wide, decode(rounded).astype(np.float32), isa, 1e-3)
-        for name, got, exact in zip(NAMES, grads, expected, strict=True):
-            if exact is not None:
-                error = np.linalg.norm(decode(got) - exact)
-                assert error <= 0.1 * np.linalg.norm(exact) + 1e-3 * np.linalg.norm(grad), (shape, name)
+        shares: dict[str, list[float]] = {}  # of the bound
+        for _ in range(5):
+            narrow = draw(rng, **shape, dtype=dtype)
+            wide = {n: decode(v).astype(np.float32) if isinstance(v, np.ndarray) else v for n, v in narrow.items()}
+            grad = rng.standard_normal(narrow["x"].shape, np.float32)
+            rounded = encode(grad, dtype)
+            *_, grads = gradients(narrow, rounded, isa, 1e-3)
+            *_, lean = gradients(narrow, rounded, isa, 1e-3, checkpoint=True, threads=2)
+            assert all(one is other or np.array_equal(one, other) for one, other in zip(grads, lean, strict=True)), shape
+            *_, expected = gradients(wide, decode(rounded).astype(np.float32), isa, 1e-3)
+            for name, got, exact in zip(NAMES, grads, expected, strict=True):
+                if exact is not None:
+                    bound = 0.05 * np.linalg.norm(exact) + 5e-4 * np.linalg.norm(grad)
+                    shares.setdefault(name, []).append(float(np.linalg.norm(decode(got) - exact) / bound))
+        # The median: one channel that is nearly constant decides over all gradients of a draw.
+        assert all(median(values) <= 1 for values in shares.values()), (shape, shares)
