@@ -95,7 +95,7 @@ def test_narrow_types_agree_with_float32(dtype: str, isa: str) -> None:
             rounded = encode(grad, dtype)
             *_, grads = gradients(narrow, rounded, isa, 1e-3)
             *_, lean = gradients(narrow, rounded, isa, 1e-3, checkpoint=True, threads=2)
-            assert all(one is other or np.array_equal(one, other) for one, other in zip(grads, lean, strict=True)), shape
+            assert all(a is b or np.array_equal(a, b) for a, b in zip(grads, lean, strict=True)), shape
             *_, expected = gradients(wide, decode(rounded).astype(np.float32), isa, 1e-3)
             for name, got, exact in zip(NAMES, grads, expected, strict=True):
                 if exact is not None:

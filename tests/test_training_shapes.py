@@ -54,7 +54,7 @@ def errors(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def magnifies_rounding(exact: dict[str, Tensor]) -> bool:
-    """Whether a channel's mean is more than 32 of the deviations that BatchNorm divides by, and with it all rounding."""
+    """Whether a channel's mean is over 32 of the deviations that BatchNorm divides by, and with it all rounding."""
     statistics = [exact[n].double().unbind(1) for n in ("dw_stats", "pw_stats") if n in exact and exact[n].numel()]
     return any(float((mean.square() / (variance + EPS)).max()) > 32**2 for mean, variance in statistics)
 

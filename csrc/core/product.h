@@ -29,9 +29,9 @@
 // Numerics: float32 sums in order of the input channel, of float32 operands 256 at a time (of quarters 64) and those
 // added up, the same for every tile shape and thread count. A sum's rounding grows with its length: in ConvMixer
 // 1024/20 the error of the logits is 0.65 of what single sums of 1024 leave, that of eager PyTorch. Time on an AMD EPYC
-// (AVX2), float32, batch 1, medians of ten launches of both: 768/32 0.97, 1024/20 1.01, 256/8 1.03 (blocks of 128: 1.11,
-// 1.03, 1.08; the tiles of a vector of rows within a block before the next block: 1.13, 1.01, 1.08, of four to six).
-// Pairs of bf16 were rounded a thousand times as much: one sum, 0.99 of the time at 768 and 1024 channels (Zen 4).
+// (AVX2), float32, batch 1, medians of ten launches of both: 768/32 0.97, 1024/20 1.01, 256/8 1.03 (blocks of
+// 128: 1.11, 1.03, 1.08; the tiles of a vector of rows within a block before the next block: 1.13, 1.01, 1.08, of four
+// to six). Pairs of bf16 were rounded a thousand times as much: one sum (768 and 1024 channels on a Zen 4: 0.99).
 #pragma once
 #include "epilogue.h"
 #include "kernels.h"

@@ -53,6 +53,9 @@ struct Several {
   static SPIN_INLINE F where_positive(const F& x, const F& value) { return each(V::where_positive, x, value); }
   static SPIN_INLINE F max(const F& bound, const F& x) { return each(V::max, bound, x); }
   static SPIN_INLINE F min(const F& bound, const F& x) { return each(V::min, bound, x); }
+  static SPIN_INLINE F bounded(const F& x, float most) {
+    return each([most](typename V::F one) __attribute__((always_inline)) { return V::bounded(one, most); }, x);
+  }
   static SPIN_INLINE F exp2_integer(const F& n) { return each(V::exp2_integer, n); }
   static SPIN_INLINE F round(const F& x) { return each(V::round, x); }
   static SPIN_INLINE F lookup(const float* table, const F& index) {

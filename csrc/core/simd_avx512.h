@@ -41,6 +41,8 @@ struct Avx512 {
   // A NaN in the second operand is returned, as the instruction does.
   static SPIN_INLINE F max(F bound, F x) { return _mm512_max_ps(bound, x); }
   static SPIN_INLINE F min(F bound, F x) { return _mm512_min_ps(bound, x); }
+  // With the sign of x, and its magnitude up to `most`. A NaN becomes `most`.
+  static SPIN_INLINE F bounded(F x, float most) { return _mm512_range_ps(x, set(most), 2); }
   static SPIN_INLINE F exp2_integer(F n) {  // 2^n for integral n in [-126, 127]
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtps_epi32(_mm512_add_ps(n, set(127.f))), 23));
   }
