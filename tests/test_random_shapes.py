@@ -158,6 +158,8 @@ def test_random_frozen_networks(chunk: int) -> None:
         channels, dtype, wide = a["x"].shape[1], a["x"].dtype, torch.float32
         patch, stride, padding = rng.choice([1, 2, 3, 5, 7, 14]), rng.choice([1, 2, 3, 7, 20]), rng.choice([0, 1, 4])
         inputs, classes, batch = rng.choice([1, 3, 4, 20]), rng.choice([1, 10, 100]), rng.choice([0, 1, 2, 3, 5])
+        if batch and classes == 1 and dtype != torch.float32:
+            batch = 10  # the error of a few logits in 16 bits is luck, and so is its ratio to plain PyTorch's
         least = max(1, patch - 2 * padding)
         image = torch.randn(batch, inputs, *(least + stride * rng.randint(0, 5) + rng.randint(0, 2) for _ in "hw"))
         image = LAYOUTS[rng.choice(list(LAYOUTS))](image) if batch else image
@@ -191,8 +193,6 @@ def test_random_frozen_networks(chunk: int) -> None:
         logits = torch.ops.spin._frozen_network(image, packed, classes)
         assert torch.equal(image, before)
         assert logits.dtype == image.dtype
-        if dtype != torch.float32 and logits.numel() < 10:
-            continue  # the error of a few roundings is luck, and so is its ratio to plain PyTorch's
         # Logits of a float32 image in a float16 or bfloat16 network have the network's precision at most.
         assert_right(logits.to(dtype), compute, a["x"][:1].new_ones(1) * 4)
 

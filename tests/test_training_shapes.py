@@ -61,20 +61,19 @@ def magnifies_rounding(exact: dict[str, Tensor]) -> bool:
 
 def assert_right(got: dict[str, Tensor], exact: dict[str, Tensor], same: dict[str, Tensor], dtype: torch.dtype) -> None:
     """One draw. In 16 bits the sign of a value near zero is open: relu passes or stops its whole gradient."""
-    if magnifies_rounding(exact):
-        return  # float32 cannot keep the rule there, plain PyTorch's neither
     largest = max((exact[n].norm() for n in exact if n.startswith("grad")), default=torch.zeros(()))
-    of_plain = errors(same, exact)
+    of_plain, magnified, worst = errors(same, exact), magnifies_rounding(exact), 0.0
+    norms = {n: torch.maximum(t.norm(), 1e-6 * largest) if n.startswith("grad") else t.norm() for n, t in exact.items()}
+    if magnified:  # plain PyTorch misses the rule in every ninth of these; which gradient suffers most is luck
+        worst = max(float(of_plain[n] / norms[n]) for n in exact if n.startswith("grad") and norms[n] > 0)
     for name, error in errors(got, exact).items():
-        norm = exact[name].norm()
-        if name.startswith("grad"):
-            norm = torch.maximum(norm, 1e-6 * largest)
+        norm = norms[name]
         if dtype != torch.float32:
             bound = 3 * of_plain[name] + 0.2 * norm
         elif name.startswith("grad"):
-            bound = max(1e-4 * norm, 2 * of_plain[name])
+            bound = max(1e-4 * norm, 2 * of_plain[name], 4 * worst * norm)
         else:
-            bound = 1e-5 * norm
+            bound = max(1e-5 * norm, 4 * magnified * of_plain[name])
         assert error <= bound, f"{name}: error {error / norm:.2e}, of plain PyTorch {of_plain[name] / norm:.2e}"
 
 
@@ -83,7 +82,8 @@ def is_degenerate(a: dict[str, Any]) -> bool:
     are zero but for rounding."""
     batch, channels, height, width = a["x"].shape
     values = batch if torch.equal(a["x"], a["x"][:, :, :1, :1].expand_as(a["x"])) else batch * height * width
-    matrices_scaled = a["pw_bias"] is None and (a["pw_gain"] is not None or a["pw_coefficients"] is not None)
+    one_template = a["pw_coefficients"] is not None and a["pw_coefficients"].shape[1] == 1
+    matrices_scaled = a["pw_bias"] is None and (a["pw_gain"] is not None or one_template)
     filters_scaled = a["dw_bias"] is None and a["dw_weight"].shape[-1] == 1
     scaled_only = a["activation"] == "relu" and (matrices_scaled or filters_scaled)
     return values < 48 or channels == 1 or a["activation"] == "identity" or scaled_only

@@ -47,9 +47,7 @@ struct Product {
 
   static constexpr int64_t kLineChannels = V::kLanes * V::kLineVectors;
   static constexpr bool kPairs = V::kLineVectors == 2;  // a unit holds two channels
-  static constexpr int64_t kAllLines = int64_t(1) << 40;
-  static constexpr int64_t kSumLines = kPairs ? kAllLines : 256 / kLineChannels;
-  static constexpr int64_t kFineSumLines = kPairs ? kAllLines : 64 / kLineChannels;
+  static constexpr int64_t kSumLines = kPairs ? INT64_MAX : 256 / kLineChannels, kFineSumLines = 64 / kLineChannels;
 
   static void pack_panels(const PackPanelsArgs& a) {
     // A line of panels of bf16 takes two lines of a float32 chain; half a transposition is then for nothing.

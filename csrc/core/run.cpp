@@ -40,10 +40,11 @@ constexpr int64_t kLinesAhead = 24;        // behind y, of nothing
 // What some images own while they pass.
 struct Group {
   int64_t first, count;
-  bool shared;      // by all threads
-  char* x[2];       // one twice without bands
-  char* y;          // frozen, or where a residual reads it again
-  char* panels[2];  // of blocks with even and odd numbers; one twice unless shared. Frozen: none
+  bool shared;                        // by all threads
+  char* x[2];                         // one twice without bands
+  char* y;                            // frozen, or where a residual reads it again
+  char* panels[2];                    // of blocks with even and odd numbers; one twice unless shared. Frozen: none
+  std::vector<ProductOperands> cuts;  // of Strassen's product without bands
 };
 
 class Runner {
@@ -163,12 +164,17 @@ class Runner {
   Group group_at(int64_t index, int64_t place, int thread, bool shared = false) const {
     const int64_t first = index * batch_.size / schedule_.groups, last = (index + 1) * batch_.size / schedule_.groups;
     char *x = x_ + place * x_count_ * x_bytes_, *panels = panels_ + thread * panels_bytes_;
-    return {first,
-            last - first,
-            shared,
-            {x, x + (x_count_ - 1) * x_bytes_},
-            y_ + thread * y_bytes_,
-            {panels, shared ? panels + panels_bytes_ : panels}};
+    Group group{first,
+                last - first,
+                shared,
+                {x, x + (x_count_ - 1) * x_bytes_},
+                y_ + thread * y_bytes_,
+                {panels, shared ? panels + panels_bytes_ : panels},
+                {}};
+    for (int64_t i = 0; strassen_ && bands_ == 1 && i < cuts(group); ++i) {
+      group.cuts.push_back(operands(cut_at(group, i), x));
+    }
+    return group;
   }
 
   int64_t items(const Step& step, const Group& group) const {
@@ -301,14 +307,10 @@ class Runner {
     products_.part(net_.stem(), after_stem(), part, {&o, 1}, group.shared, thread);
   }
   void pointwise(int64_t d, int64_t part, const Group& group, int thread) const {
-    std::vector<ProductOperands> o;
-    if (strassen_) {
-      for (int64_t i = 0; i < cuts(group); ++i) o.push_back(operands(cut_at(group, i), group.x[0]));
-    } else {
-      o.push_back(operands(group, frozen_ ? group.y : group.panels[d & 1]));
-      if (shape_.pw_residual) o[0].residual = group.y, o[0].residual_stride = line_bytes_;
-    }
-    products_.part(matrix(d), next_matrix(d), part, o, group.shared, thread);
+    if (strassen_) return products_.part(matrix(d), next_matrix(d), part, group.cuts, group.shared, thread);
+    ProductOperands o = operands(group, frozen_ ? group.y : group.panels[d & 1]);
+    if (shape_.pw_residual) o.residual = group.y, o.residual_stride = line_bytes_;
+    products_.part(matrix(d), next_matrix(d), part, {&o, 1}, group.shared, thread);
   }
   ProductOperands operands(const Group& group, const char* input) const {
     const int64_t tokens = group.count * plane_.tokens();
