@@ -11,12 +11,16 @@
 // 27 %), so more than the nominal peak can be seen. Loads: (columns + k - 1) / (columns * k) per
 // multiply-add. Kernel sizes other than 3, 5, 7, 9 take one load per multiply-add from zero-padded rows.
 //
-// Chains in bf16 are copied once per plane (not once per tap row) into a scratch that fits L1 or L2. For k in {3, 5, 7,
-// 9} the copy has a unit for each pair of neighbours in a row and the taps are pairs too, so (k + 1) / 2 steps of
-// vdpbf16ps take the place of k multiply-adds (exact: weights and activations are bf16 already); the last tap is
-// a pair with zero, and multiplies a neighbour that is masked, because it may be infinite. Otherwise they are widened
-// to float. On an AMD EPYC (Zen 5), in turns, 1024/20 k9 takes 0.97 of the time, 256/8 k5 0.96.
+// Chains in bf16 are copied, each row once (not once per tap row), right before the first row of outputs that needs it.
+// For k in {3, 5, 7, 9} the copy has a unit for each pair of neighbours in a row and the taps are pairs too, so
+// (k + 1) / 2 steps of vdpbf16ps take the place of k multiply-adds (exact: weights and activations are bf16 already);
+// the last tap is a pair with zero, and multiplies a neighbour that is masked, because it may be infinite. Otherwise
+// they are widened to float. On an AMD EPYC (Zen 5), in turns, 1024/20 k9 takes 0.97 of the time, 256/8 k5 0.96. Rows
+// right before their use, not all at once (they do not fit L1 beside x and y), take 0.97 (k = 5, 9) and 0.92 (k = 3) of
+// the depthwise's time on a Zen 4; ReLU finished in registers, not from a buffer, another 0.8 (k = 3; float32 0.85).
 #pragma once
+#include <limits>
+
 #include "epilogue.h"
 #include "kernels.h"
 
@@ -31,20 +35,16 @@ struct Depthwise {
   static constexpr int kStep = V::kLineVectors;        // taps that a step takes in a row tile
   static constexpr int64_t kScratchBytes = 128 << 10;  // a share of L2
 
-  // Float rows of one vector of channels: the plane itself, or a copy of some of its rows.
-  struct Rows {
-    const float* data;      // image row `first`, column 0
-    int64_t first, stride;  // floats from one row to the next
-  };
-
   // ---- k in {3, 5, 7, 9}: kColumns outputs in registers, the padding at the edges compiled away ----
 
+  // ReLU (what is below `least` = 0) and no activation (minus infinity) are finished in registers. Of the others
+  // `finish` is null, and the sums go to a buffer: gelu in every tile would be 2.5 times the code, and no faster.
   using RowTile = void (*)(const float* input, int64_t row_stride, int64_t tap_rows, const float* taps,
-                           const float* bias, float* sums);
+                           const float* bias, float* sums, float least, const EpilogueArgs* finish);
 
   template <int kSize, int kColumns, bool kLeft, bool kRight>
   static void row_tile(const float* input, int64_t row_stride, int64_t tap_rows, const float* taps, const float* bias,
-                       float* sums) {
+                       float* sums, float least, const EpilogueArgs* finish) {
     constexpr int kPad = kSize / 2, kSteps = (kSize + kStep - 1) / kStep;
     F sum[kColumns];
 #pragma GCC unroll 16
@@ -63,13 +63,23 @@ struct Depthwise {
           if constexpr (kStep == 2) {
             sum[c] = V::mac(sum[c], j + 1 == kSteps ? V::first_of_pair(value) : value, tap[j]);
           } else {
-            sum[c] = V::mac(sum[c], value, tap[j]);
+            sum[c] = V::fma(value, tap[j], sum[c]);
           }
         }
       }
     }
+    if (!finish) {
 #pragma GCC unroll 16
-    for (int c = 0; c < kColumns; ++c) V::store(sums + c * V::kLanes, sum[c]);
+      for (int c = 0; c < kColumns; ++c) V::store(sums + c * V::kLanes, sum[c]);
+      return;
+    }
+    const F bound = V::set(least), scale = V::load(finish->scale), shift = V::load(finish->shift);
+#pragma GCC unroll 16
+    for (int c = 0; c < kColumns; ++c) {
+      F y = V::fma(V::max(bound, sum[c]), scale, shift);
+      if (finish->residual) y = V::add(y, V::load_chain(finish->residual + c * kLineBytes));
+      V::store_chain(finish->output + c * kLineBytes, y);
+    }
   }
 
   // Tiles between 1 and kRowColumns wide; those of a row that needs several are at least half that.
@@ -135,85 +145,88 @@ struct Depthwise {
     return ((band_rows(height, width, kernel_size) + kernel_size - 1) * (width + kernel_size - 1) + 8) * V::kLanes;
   }
 
-  // Rows [first, last) of one vector of channels as floats, with `pad` zero columns on either side.
-  static Rows widen(const DepthwiseArgs& a, int64_t vector, int64_t first, int64_t last, int64_t pad) {
-    float* to = a.scratch;
-    const char* from = a.input + first * a.width * kLineBytes + vector * kVectorBytes;
-    for (int64_t row = first; row < last; ++row) {
-      for (int64_t i = 0; i < pad; ++i, to += V::kLanes) V::store(to, V::zero());
-      for (int64_t i = 0; i < a.width; ++i, to += V::kLanes, from += kLineBytes) V::store(to, V::load_chain(from));
-      for (int64_t i = 0; i < pad; ++i, to += V::kLanes) V::store(to, V::zero());
-    }
-    return {a.scratch + pad * V::kLanes, first, (a.width + 2 * pad) * V::kLanes};
+  // A row of one vector of channels as floats, with `pad` zero columns on either side.
+  static SPIN_INLINE void widen(const char* from, int64_t width, int64_t pad, float* to) {
+    for (int64_t i = 0; i < pad; ++i, to += V::kLanes) V::store(to, V::zero());
+    for (int64_t i = 0; i < width; ++i, to += V::kLanes, from += kLineBytes) V::store(to, V::load_chain(from));
+    for (int64_t i = 0; i < pad; ++i, to += V::kLanes) V::store(to, V::zero());
   }
 
   // The same as units of two neighbours; what is left and right of the row is zero.
-  static Rows pair(const DepthwiseArgs& a, int64_t vector, int64_t first, int64_t last) {
+  static SPIN_INLINE void pair(const char* from, int64_t width, float* to) {
     alignas(64) static constexpr char kZeros[64] = {};
-    float* to = a.scratch;
-    const char* from = a.input + first * a.width * kLineBytes + vector * kVectorBytes;
-    for (int64_t row = first; row < last; ++row, from += a.width * kLineBytes) {
-      V::store(to, V::interleave(kZeros, from));
-      for (int64_t i = 1; i < a.width; ++i) {
-        V::store(to + i * V::kLanes, V::interleave(from + (i - 1) * kLineBytes, from + i * kLineBytes));
-      }
-      V::store(to + a.width * V::kLanes, V::interleave(from + (a.width - 1) * kLineBytes, kZeros));
-      to += (a.width + 1) * V::kLanes;
+    V::store(to, V::interleave(kZeros, from));
+    for (int64_t i = 1; i < width; ++i) {
+      V::store(to + i * V::kLanes, V::interleave(from + (i - 1) * kLineBytes, from + i * kLineBytes));
     }
-    return {a.scratch + V::kLanes, first, (a.width + 1) * V::kLanes};
+    V::store(to + width * V::kLanes, V::interleave(from + (width - 1) * kLineBytes, kZeros));
   }
 
   template <Activation kActivation>
-  static void rows(const DepthwiseArgs& a, const Rows& source, int64_t vector, int64_t first, int64_t last) {
+  static void rows(const DepthwiseArgs& a, int64_t vector, int64_t first, int64_t last) {
+    constexpr bool kInRegisters = kActivation == Activation::kRelu || kActivation == Activation::kIdentity;
+    constexpr float kLeast = kActivation == Activation::kRelu ? 0.f : -std::numeric_limits<float>::infinity();
     const int64_t k = a.kernel_size, pad = k / 2;
-    const bool padded = !has_row_tiles(k);
+    const bool padded = !has_row_tiles(k), copied = kWiden || padded;
     const int64_t steps = padded ? k : ceil_div(k, kStep);  // in a row of taps
     const int64_t widest = padded ? 8 : V::kRowColumns;
     const int64_t tiles = ceil_div(a.width, widest), small = a.width / tiles, larger = a.width % tiles;
     const float* taps = a.taps + vector * k * k * V::kLanes;
     const float* bias = a.bias + vector * V::kLanes;
     alignas(64) float sums[(V::kRowColumns > 8 ? V::kRowColumns : 8) * V::kLanes];
-    int64_t column = 0;
+    // The plane itself, or copies of its rows from first_copied on, each made before the first tile that reads it.
+    const int64_t left = padded ? pad : copied;  // columns of a copied row before column 0
+    const int64_t stride = (a.width + (padded ? 2 * pad : left)) * V::kLanes;
+    const int64_t first_copied = copied && first > pad ? first - pad : 0;
+    const float* source = copied ? a.scratch + left * V::kLanes : reinterpret_cast<const float*>(a.input);
+    int64_t column = 0, next_copied = first_copied;
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t columns = small + (tile < larger);
       const RowTile function = padded ? nullptr : find_row_tile(k, columns, tile == 0, tile == tiles - 1);
       for (int64_t row = first; row < last; ++row) {
         const int64_t top = row < pad ? 0 : row - pad, bottom = row + pad < a.height ? row + pad + 1 : a.height;
-        const float* input = source.data + (top - source.first) * source.stride + column * V::kLanes;
-        const float* used = taps + (top + pad - row) * steps * V::kLanes;
-        if (padded) {
-          padded_tile<8>(input - pad * V::kLanes, source.stride, k, bottom - top, used, bias, sums);
-        } else {
-          function(input, source.stride, bottom - top, used, bias, sums);
+        for (; copied && next_copied < bottom; ++next_copied) {
+          const char* from = a.input + next_copied * a.width * kLineBytes + vector * kVectorBytes;
+          float* to = a.scratch + (next_copied - first_copied) * stride;
+          if constexpr (kStep == 2) {
+            if (!padded) {
+              pair(from, a.width, to);
+              continue;
+            }
+          }
+          widen(from, a.width, pad, to);
         }
+        const float* input = source + (top - first_copied) * stride + column * V::kLanes;
+        const float* used = taps + (top + pad - row) * steps * V::kLanes;
         const int64_t token = row * a.width + column;
-        epilogue<V, kActivation, true>(
-            {sums, V::kLanes, columns, nullptr, nullptr, a.scale + vector * V::kLanes, a.shift + vector * V::kLanes,
-             a.residual ? a.residual + token * kLineBytes + vector * kVectorBytes : nullptr,
-             a.output + (token - a.first_row * a.width) * kLineBytes + vector * kVectorBytes, kLineBytes});
+        const EpilogueArgs finish{sums,
+                                  V::kLanes,
+                                  columns,
+                                  nullptr,
+                                  nullptr,
+                                  a.scale + vector * V::kLanes,
+                                  a.shift + vector * V::kLanes,
+                                  a.residual ? a.residual + token * kLineBytes + vector * kVectorBytes : nullptr,
+                                  a.output + (token - a.first_row * a.width) * kLineBytes + vector * kVectorBytes,
+                                  kLineBytes};
+        if (padded) {
+          padded_tile<8>(input - pad * V::kLanes, stride, k, bottom - top, used, bias, sums);
+        } else {
+          function(input, stride, bottom - top, used, bias, sums, kLeast, kInRegisters ? &finish : nullptr);
+        }
+        if (padded || !kInRegisters) epilogue<V, kActivation, true>(finish);
       }
       column += columns;
     }
   }
 
   static void run(const DepthwiseArgs& a) {
-    const int64_t pad = a.kernel_size / 2;
-    const bool copy = kWiden || !has_row_tiles(a.kernel_size);
-    const int64_t step = copy ? band_rows(a.height, a.width, a.kernel_size) : a.last_row - a.first_row;
+    const bool copied = kWiden || !has_row_tiles(a.kernel_size);
+    const int64_t step = copied ? band_rows(a.height, a.width, a.kernel_size) : a.last_row - a.first_row;
     with_activation(a.activation, [&](auto activation) {
       for (int64_t vector = 0; vector < V::kLineVectors; ++vector) {
         for (int64_t first = a.first_row; first < a.last_row; first += step) {
-          const int64_t last = first + step < a.last_row ? first + step : a.last_row;
-          Rows source{reinterpret_cast<const float*>(a.input), 0, a.width * V::kLanes};
-          if (copy) {
-            const int64_t top = first < pad ? 0 : first - pad, bottom = last + pad < a.height ? last + pad : a.height;
-            if constexpr (kStep == 2) {
-              source = has_row_tiles(a.kernel_size) ? pair(a, vector, top, bottom) : widen(a, vector, top, bottom, pad);
-            } else {
-              source = widen(a, vector, top, bottom, pad);
-            }
-          }
-          rows<decltype(activation)::value>(a, source, vector, first, last);
+          rows<decltype(activation)::value>(a, vector, first, first + step < a.last_row ? first + step : a.last_row);
         }
       }
     });

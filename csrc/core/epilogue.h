@@ -21,25 +21,37 @@ struct EpilogueArgs {
   int64_t row_bytes;
 };
 
+// The same for all rows.
+template <class V, bool kBiased>
+struct EpilogueVectors {
+  typename V::F gain, bias, scale, shift;
+  explicit SPIN_INLINE EpilogueVectors(const EpilogueArgs& a) : scale(V::load(a.scale)), shift(V::load(a.shift)) {
+    if constexpr (!kBiased) gain = V::load(a.gain), bias = V::load(a.bias);
+  }
+};
+
 // One vector of channels: kRows rows from `row` on.
 template <class V, Activation kActivation, bool kBiased, int kRows>
-SPIN_INLINE void epilogue_rows(const EpilogueArgs& a, int64_t row) {
+SPIN_INLINE void epilogue_rows(const EpilogueArgs& a, const EpilogueVectors<V, kBiased>& by, int64_t row) {
   using S = Several<V, kRows>;
   auto value = S::make([&](int i) { return V::load(a.sums + (row + i) * a.sum_stride); });
-  if constexpr (!kBiased) value = S::fma(value, S::all(V::load(a.gain)), S::all(V::load(a.bias)));
-  value = S::fma(activate<S, kActivation>(value), S::all(V::load(a.scale)), S::all(V::load(a.shift)));
+  if constexpr (!kBiased) value = S::fma(value, S::all(by.gain), S::all(by.bias));
+  value = S::fma(activate<S, kActivation>(value), S::all(by.scale), S::all(by.shift));
   S::visit(value, [&](int i, typename V::F y) {
     const int64_t place = (row + i) * a.row_bytes;
     V::store_chain(a.output + place, a.residual ? V::add(y, V::load_chain(a.residual + place)) : y);
   });
 }
 
+// Not inlined: in a function of its own the tables of gelu and the four vectors stay in registers.
 template <class V, Activation kActivation, bool kBiased>
-SPIN_INLINE void epilogue(const EpilogueArgs& a) {
+__attribute__((noinline)) void epilogue(const EpilogueArgs& args) {
+  const EpilogueArgs a = args;  // what is stored could change the one behind the reference
+  const EpilogueVectors<V, kBiased> by(a);
   int64_t row = 0;
   for (; row + V::kTogether <= a.rows; row += V::kTogether)
-    epilogue_rows<V, kActivation, kBiased, V::kTogether>(a, row);
-  for (; row < a.rows; ++row) epilogue_rows<V, kActivation, kBiased, 1>(a, row);
+    epilogue_rows<V, kActivation, kBiased, V::kTogether>(a, by, row);
+  for (; row < a.rows; ++row) epilogue_rows<V, kActivation, kBiased, 1>(a, by, row);
 }
 
 }  // namespace spin
