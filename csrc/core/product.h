@@ -143,7 +143,6 @@ struct Product {
         if constexpr (kPairs) {
           if (half) x[v] = V::first_of_pair(x[v]);
         }
-        V::hold(x[v]);
       }
       panel += kVectors * kLineBytes;
 #pragma GCC unroll 8
@@ -152,7 +151,6 @@ struct Product {
         if constexpr (kPairs) {
           if (half) w = V::first_of_pair(w);
         }
-        V::hold(w);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sum[r][v] = V::mac(sum[r][v], x[v], w);
       }

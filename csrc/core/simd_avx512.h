@@ -24,7 +24,6 @@ struct Avx512 {
   // Past the caches; p is aligned. Others see it after the fence of a Team.
   static SPIN_INLINE void stream(void* p, F x) { _mm512_stream_ps(static_cast<float*>(p), x); }
   static SPIN_INLINE F broadcast(const void* unit) { return _mm512_set1_ps(*static_cast<const float*>(unit)); }
-  static SPIN_INLINE void hold(F&) {}
   static SPIN_INLINE F mac(F sum, F weights, F unit) { return _mm512_fmadd_ps(weights, unit, sum); }
   static SPIN_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static SPIN_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }

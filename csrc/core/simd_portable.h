@@ -26,7 +26,6 @@ struct Portable {
   static SPIN_INLINE void store(void* p, F x) { __builtin_memcpy(p, &x, sizeof(x)); }
   static SPIN_INLINE void stream(void* p, F x) { store(p, x); }
   static SPIN_INLINE F broadcast(const void* unit) { return set(*static_cast<const float*>(unit)); }
-  static SPIN_INLINE void hold(F&) {}
   static SPIN_INLINE F mac(F sum, F weights, F unit) { return sum + weights * unit; }
   static SPIN_INLINE F fma(F a, F b, F c) { return a * b + c; }
   static SPIN_INLINE F add(F a, F b) { return a + b; }
