@@ -263,7 +263,10 @@ def _differentiate_compose(ctx: Any, grad: Tensor | list[Tensor]) -> tuple[Tenso
         bank.new_zeros(shapes[4 * layer : 4 * layer + 4]) if g is None else g.contiguous()
         for layer, g in enumerate(grads)
     ]
-    return *_compose_backward(grads, bank, coefficients, *ctx.settings), None, None
+    if needs_gradient(bank, coefficients, *grads):
+        return *_compose_backward(grads, bank, coefficients, *ctx.settings), None, None
+    with torch._C._AutoDispatchBelowAutograd():
+        return *_compose_backward(grads, bank, coefficients, *ctx.settings), None, None
 
 
 # --- repeat_weight: weight, alpha, beta, gate, out_channels, in_channels

@@ -1,6 +1,7 @@
 """compose_superweights on random compositions: results, gradients, every instruction set, any number of threads."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 from typing import Any
 
@@ -154,6 +155,38 @@ def test_not_contiguous() -> None:
     assert torch.equal(COMPOSE(**arguments), expected)
     grad = torch.randn(2 * expected.numel())[::2]
     assert_right({**arguments, "bank": arguments["bank"].contiguous()}, grad)
+
+
+def test_more_compositions_than_are_kept() -> None:
+    """In turns, by two threads at once: each call gets what belongs to its own integers."""
+    rng = Random(int(torch.randint(2**31, ())))
+    calls = [any_composition(rng, sizes=(3, 8)) for _ in range(13)]
+    grads = [torch.randn_like(COMPOSE(**arguments)) for arguments in calls]
+    expected = [computed(arguments, grad) for arguments, grad in zip(calls, grads, strict=True)]
+
+    def again(first: int) -> bool:
+        order = [(first + 5 * i) % len(calls) for i in range(3 * len(calls))]
+        return all(all(map(torch.equal, computed(calls[i], grads[i]), expected[i])) for i in order)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(again, (0, 1)))
+
+
+def test_kept_composition_meets_a_smaller_bank() -> None:
+    arguments = nested_layers(2, 2)
+    COMPOSE(**arguments)
+    run = torch.ops.spin._compose_superweights_cpu
+    for name in ("bank", "coefficients"):
+        end = {"bank": 2 * 96 * 64 * 9 + 96 * 64 * 9 // 2, "coefficients": len(arguments["coefficients"])}[name]
+        with pytest.raises(RuntimeError, match=rf"expected .*at least {end} .*got {end - 1}"):
+            run(**{**arguments, name: arguments[name][: end - 1]}, apart=False)
+
+
+@pytest.mark.parametrize("value", [None, [1.0]])
+@pytest.mark.parametrize("name", ["bank", "coefficients"])
+def test_no_tensors(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}: expected a tensor, got {type(value).__name__}$"):
+        compose_superweights(**{**nested_layers(1, 1), name: value})
 
 
 def test_backend() -> None:

@@ -136,6 +136,25 @@ std::vector<Composition::Tile> Composition::tiles(bool backward) const {
   return tiles;
 }
 
+void Composition::lay_out() {
+  constexpr int64_t kPairOfVectors = 32;  // of the widest
+  forward_ = tiles(false), backward_ = tiles(true);
+  items_.resize(phases_);
+  for (int64_t i = 0, count; i < int64_t(backward_.size()); i += count) {
+    const Window& w = *backward_[i].window;
+    count = 1;
+    if (w.overlaps_itself()) {
+      while (i + count < int64_t(backward_.size()) && backward_[i + count].window == &w) ++count;
+    }
+    items_[w.phase].push_back({i, count});
+  }
+  for (const Tile& tile : backward_) {
+    const int64_t area = tile.rows * round_up(tile.columns, kPairOfVectors);
+    scratch_floats_ = std::max(scratch_floats_, 2 * tile.window->templates * area);
+    products_count_ += tile.products_count();
+  }
+}
+
 ComposeTile Composition::open(const Tile& tile, DType type, const char* bank, const float* coefficients,
                               const std::vector<char*>& weights, std::vector<ComposeUser>& users) {
   const Window& w = *tile.window;
@@ -162,13 +181,12 @@ std::vector<char*> Composition::in(char* flat, DType type) const {
 
 void Composition::run(const Kernels& kernels, DType type, const char* bank, const float* coefficients,
                       const std::vector<char*>& weights, const Parallel& parallel) const {
-  const std::vector<Tile> all = tiles(false);
   const int threads = useful_threads(4.0 * numel(), parallel);
   Team team(threads);
   parallel.run(threads, [&](int thread) {
     std::vector<ComposeUser> users;
-    team.phase(thread, int64_t(all.size()), [&](int64_t item) {
-      ComposeTile tile = open(all[item], type, bank, coefficients, weights, users);
+    team.phase(thread, int64_t(forward_.size()), [&](int64_t item) {
+      ComposeTile tile = open(forward_[item], type, bank, coefficients, weights, users);
       tile.stream = type == DType::kFloat32 && numel() * 4 > kStreamBytes;
       kernels.compose(tile);
     });
@@ -178,7 +196,6 @@ void Composition::run(const Kernels& kernels, DType type, const char* bank, cons
 void Composition::backward(const Kernels& kernels, DType type, const std::vector<char*>& gradients, const char* bank,
                            const float* coefficients, float* bank_gradient, int64_t bank_elements,
                            float* coefficient_gradient, int64_t coefficient_elements, const Parallel& parallel) const {
-  const std::vector<Tile> all = tiles(true);
   // What the first phase writes whole needs no zeros before it.
   auto written = [](const Window& w) { return w.phase == 0 && w.whole; };
   std::vector<std::pair<int64_t, int64_t>> zeros;  // begin, count
@@ -192,50 +209,31 @@ void Composition::backward(const Kernels& kernels, DType type, const std::vector
     done = w.end();
   }
   add_zeros(done, bank_elements);
-  // Tiles of one phase at a time; those of a window that overlaps itself are one item.
-  struct Item {
-    int64_t first, count;
-  };
-  std::vector<std::vector<Item>> items(phases_);
-  for (int64_t i = 0, count; i < int64_t(all.size()); i += count) {
-    const Window& w = *all[i].window;
-    count = 1;
-    if (w.overlaps_itself()) {
-      while (i + count < int64_t(all.size()) && all[i + count].window == &w) ++count;
-    }
-    items[w.phase].push_back({i, count});
-  }
-  int64_t scratch = 0, all_products = 0;
-  for (const Tile& tile : all) {
-    const int64_t area = tile.rows * round_up(tile.columns, 2 * kernels.lanes);
-    scratch = std::max(scratch, 2 * tile.window->templates * area);
-    all_products += tile.products_count();
-  }
-  const Workspace memory(all_products * int64_t(sizeof(double)));
+  const Workspace memory(products_count_ * int64_t(sizeof(double)));
   double* products = reinterpret_cast<double*>(memory.data());
   const int threads = useful_threads(8.0 * numel() + bank_elements, parallel);
   Team team(threads);
   parallel.run(threads, [&](int thread) {
     std::vector<ComposeUser> users;
-    const Workspace tile_memory(scratch * int64_t(sizeof(float)));
+    const Workspace tile_memory(scratch_floats_ * int64_t(sizeof(float)));
     team.phase(thread, int64_t(zeros.size()),
                [&](int64_t item) { std::fill_n(bank_gradient + zeros[item].first, zeros[item].second, 0.f); });
-    for (const std::vector<Item>& phase : items) {
+    for (const std::vector<Item>& phase : items_) {
       team.phase(thread, int64_t(phase.size()), [&](int64_t item) {
         const auto [first, count] = phase[item];
         for (int64_t i = first; i < first + count; ++i) {
-          ComposeTile tile = open(all[i], type, bank, coefficients, gradients, users);
-          tile.bank_gradient = bank_gradient + all[i].offset();
-          tile.first = written(*all[i].window);
+          ComposeTile tile = open(backward_[i], type, bank, coefficients, gradients, users);
+          tile.bank_gradient = bank_gradient + backward_[i].offset();
+          tile.first = written(*backward_[i].window);
           tile.stream = bank_elements * 4 > kStreamBytes;
-          tile.scratch = reinterpret_cast<float*>(tile_memory.data()), tile.products = products + all[i].products;
+          tile.scratch = reinterpret_cast<float*>(tile_memory.data()), tile.products = products + backward_[i].products;
           kernels.compose_gradient(tile);
         }
       });
     }
   });
   std::vector<double> totals(coefficient_elements, 0.0);
-  for (const Tile& tile : all) {
+  for (const Tile& tile : backward_) {
     const double* one = products + tile.products;
     for (const User& user : tile.cell->users) {
       for (int64_t k = 0; k < tile.window->templates; ++k) totals[user.coefficient + k] += *one++;

@@ -24,6 +24,7 @@ class Composition {
   // Ten integers per piece, four (out, in, kh, kw) per layer. Throws std::invalid_argument for pieces that leave their
   // layer and for sizes that overflow; whether layers are covered is not looked at.
   Composition(const std::vector<int64_t>& pieces, const std::vector<int64_t>& shapes);
+  Composition(Composition&&) = default;  // no copies: tiles point at cells
 
   struct User {
     int64_t layer, to, pitch;  // first element in the layer's weight, elements from one row to the next
@@ -58,6 +59,9 @@ class Composition {
   // The layers' weights in a flat result.
   std::vector<char*> in(char* flat, DType type) const;
 
+  // Cuts the windows into tiles: once before what follows, for a bank that is large enough (bank_end()).
+  void lay_out();
+
   // `weights` are the layers', wherever they are.
   void run(const Kernels& kernels, DType type, const char* bank, const float* coefficients,
            const std::vector<char*>& weights, const Parallel& parallel) const;
@@ -77,6 +81,11 @@ class Composition {
     int64_t products_count() const { return int64_t(cell->users.size()) * window->templates; }
   };
 
+  // Tiles of one phase, for one thread: one, or backward all of a window that overlaps itself.
+  struct Item {
+    int64_t first, count;
+  };
+
   struct Part {
     int64_t rows, run;  // of the window's corner
     User user;
@@ -89,6 +98,9 @@ class Composition {
   std::vector<Window> windows_;     // by base
   std::vector<int64_t> starts_{0};  // of the layers, and the end
   int64_t phases_ = 0, bank_end_ = 0, coefficient_end_ = 0;
+  std::vector<Tile> forward_, backward_;
+  std::vector<std::vector<Item>> items_;             // backward, of each phase
+  int64_t scratch_floats_ = 0, products_count_ = 0;  // backward, of a thread and of all tiles
 };
 
 }  // namespace spin

@@ -32,6 +32,7 @@ Composition composition(const py::array& bank, const py::array& coefficients, co
   if (made.bank_end() > bank.size() || made.coefficient_end() > coefficients.size()) {
     throw py::value_error("pieces: expected a larger bank or more coefficients");
   }
+  made.lay_out();
   return made;
 }
 
