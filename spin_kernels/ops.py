@@ -265,7 +265,7 @@ def _differentiate_compose(ctx: Any, grad: Tensor | list[Tensor]) -> tuple[Tenso
     ]
     if needs_gradient(bank, coefficients, *grads):
         return *_compose_backward(grads, bank, coefficients, *ctx.settings), None, None
-    with torch._C._AutoDispatchBelowAutograd():
+    with torch._C._AutoDispatchBelowAutograd():  # nothing to record, as in _call_mixer
         return *_compose_backward(grads, bank, coefficients, *ctx.settings), None, None
 
 
