@@ -15,7 +15,8 @@
 // L1 and of L2). Forward, nothing asked for 1.02 to 1.12, lines of four vectors each 1.02 to 1.08. On a Zen 4, whose L1
 // waits for few lines at a time, backward takes 1.16 to 1.3 if bursts are asked for into L1 instead of L2; users three
 // or four at a time 0.95 to 1.08, up to eight 0.92 to 1.03, sums written line by line while the next tile is read 1.1
-// to 1.14. With all tiles in caches it would take 0.45 (10 %) to 0.55 (100 %) of the time there.
+// to 1.14, by the last users' walk instead of from L1 1.0 to 1.02. With all tiles in caches it would take 0.45 (10 %)
+// to 0.55 (100 %) of the time there.
 //
 // Cost: one multiply-add per template and vector forward, two backward.
 // Numerics: float32 sums in a tile, double across tiles.
