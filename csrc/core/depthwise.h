@@ -214,7 +214,7 @@ struct Depthwise {
         } else {
           function(input, stride, bottom - top, used, bias, sums, kLeast, kInRegisters ? &finish : nullptr);
         }
-        if (padded || !kInRegisters) epilogue<V, kActivation, true>(finish);
+        if (padded || !kInRegisters) epilogue<V, kActivation, true, V>(finish);
       }
       column += columns;
     }

@@ -43,8 +43,10 @@ SPIN_INLINE void epilogue_rows(const EpilogueArgs& a, const EpilogueVectors<V, k
   });
 }
 
-// Not inlined: in a function of its own the tables of gelu and the four vectors stay in registers.
-template <class V, Activation kActivation, bool kBiased>
+// Not inlined: in a function of its own the tables of gelu and the four vectors stay in registers. One per kind of
+// operands: those of bf16 are compiled with instructions that a processor with V alone may not have, and of two
+// functions of one name the linker keeps either.
+template <class V, Activation kActivation, bool kBiased, class Operands>
 __attribute__((noinline)) void epilogue(const EpilogueArgs& args) {
   const EpilogueArgs a = args;  // what is stored could change the one behind the reference
   const EpilogueVectors<V, kBiased> by(a);

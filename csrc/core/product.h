@@ -248,7 +248,7 @@ struct Product {
           panel_of<3>(a, panel, sums, prefetch);
         }
         const int64_t token = first * V::kLanes, left = a.to.tokens - token, full = vectors * V::kLanes;
-        epilogue<Out, decltype(activation)::value, false>(
+        epilogue<Out, decltype(activation)::value, false, V>(
             epilogue_args(a.to, 0, token, left < full ? left : full, sums, V::kLanes));
       }
     });
@@ -305,7 +305,7 @@ struct Product {
     }
     if (!a.finished()) return;
     for (int v = 0; v < kVectors; ++v) {
-      epilogue<Out, kActivation, false>(
+      epilogue<Out, kActivation, false, V>(
           epilogue_args(a.to, v, token, tokens, sums + v * V::kLanes, kVectors * V::kLanes));
     }
   }
