@@ -6,6 +6,7 @@ Every error is one sentence: which argument, what was expected, what came.
 from collections.abc import Sequence
 from functools import lru_cache
 from math import inf
+from operator import index
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -130,17 +131,58 @@ class Piece(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a checked list of pieces needs of the bank and of the coefficients, and how much it makes."""
+    """Checked pieces and shapes, as they came and read, what they need of bank and coefficients, and the result."""
 
+    integers: tuple[tuple[int, ...], tuple[int, ...]]
     pieces: tuple[Piece, ...]
+    layers: tuple[tuple[int, ...], ...]  # (out, in, kh, kw) of each
     bank_ends: tuple[int, ...]
     bank_end: int
     coefficient_end: int
     numel: int
 
 
+def composition_text(pieces: Sequence[int], shapes: Sequence[int]) -> str:
+    """The integers of a composition as one string, which private operators take. Cached, but not for torch.compile,
+    which warns about caches."""
+    write = _write if torch.compiler.is_compiling() else _written
+    return write(_integers("pieces", pieces), _integers("shapes", shapes))
+
+
+def _integers(name: str, values: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(index, values))
+    except TypeError:
+        raise TypeError(f"{name}: expected integers, got {values!r:.200}") from None
+
+
+def _write(*lists: tuple[int, ...]) -> str:
+    return ";".join(" ".join(map(str, values)) for values in lists)
+
+
+_written = lru_cache(maxsize=64)(_write)
+
+
+def composition_layers(text: str) -> list[list[int]]:
+    """The shapes in a text of ``composition_text``, without checks."""
+    shapes = [int(size) for size in text.split(";")[1].split()]
+    return [shapes[i : i + 4] for i in range(0, len(shapes), 4)]
+
+
+@lru_cache(maxsize=64)
+def composition_plan(text: str) -> Plan:
+    """All that a text says, checked. Cached: a network's is the same in every call."""
+    pieces, shapes = (tuple(map(int, values.split())) for values in text.split(";"))
+    return superweight_plan(pieces, shapes)
+
+
 def compose_superweights(bank: Tensor, coefficients: Tensor, pieces: Sequence[int], shapes: Sequence[int]) -> int:
     """Arguments of compose_superweights; returns the number of elements of its result."""
+    return composition(bank, coefficients, composition_text(pieces, shapes)).numel
+
+
+def composition(bank: Tensor, coefficients: Tensor, text: str) -> Plan:
+    """The same of a private operator."""
     if bank is None or coefficients is None:
         _refuse_none(bank=bank, coefficients=coefficients)
     wide = WIDE.get(bank.dtype)
@@ -151,7 +193,7 @@ def compose_superweights(bank: Tensor, coefficients: Tensor, pieces: Sequence[in
     if coefficients.dim() != 1:
         _refuse_shape("coefficients", "(Q,)", coefficients.shape)
     _tensor("coefficients", coefficients, coefficients.shape, wide, bank.device)
-    plan = superweight_plan(tuple(pieces), tuple(shapes))
+    plan = composition_plan(text)
     size = bank.shape[0]
     if plan.bank_end > size:
         p, end = next((p, end) for p, end in enumerate(plan.bank_ends) if end > size)
@@ -164,29 +206,29 @@ def compose_superweights(bank: Tensor, coefficients: Tensor, pieces: Sequence[in
             if piece.coefficient + piece.templates > size
         )
         raise ValueError(f"pieces: piece {p} expected at least {end} coefficients, got {size}")
-    return plan.numel
+    return plan
 
 
-def compose_superweights_backward(grads: Sequence[Tensor], bank: Tensor, *arguments) -> None:
+def composition_backward(grads: Sequence[Tensor], bank: Tensor, coefficients: Tensor, text: str) -> Plan:
     """Arguments of _compose_superweights_backward: one flat gradient, or one per layer."""
-    numel, shapes = compose_superweights(bank, *arguments), arguments[-1]
+    plan, dtype, device = composition(bank, coefficients, text), bank.dtype, bank.device
     if len(grads) == 1 and grads[0].dim() == 1:
-        _tensor("grads", grads[0], (numel,), bank.dtype, bank.device)
-        return
-    if len(grads) != len(shapes) // 4:
-        raise ValueError(f"grads: expected one per layer, {len(shapes) // 4}, got {len(grads)}")
-    for layer, grad in enumerate(grads):
-        _tensor("grads", grad, tuple(shapes[4 * layer : 4 * layer + 4]), bank.dtype, bank.device)
+        _tensor("grads", grads[0], (plan.numel,), dtype, device)
+    elif len(grads) != len(plan.layers):
+        raise ValueError(f"grads: expected one per layer, {len(plan.layers)}, got {len(grads)}")
+    else:
+        for grad, shape in zip(grads, plan.layers, strict=True):
+            _tensor("grads", grad, shape, dtype, device)
+    return plan
 
 
-@lru_cache(maxsize=64)
 def superweight_plan(pieces: tuple[int, ...], shapes: tuple[int, ...]) -> Plan:
-    """Checks that the pieces tile every layer exactly. Cached: the integers of a network are the same in every call."""
+    """Checks that the pieces tile every layer exactly."""
     if len(shapes) % 4:
         raise ValueError(f"shapes: expected four ints (out, in, kh, kw) per layer, got {len(shapes)} ints")
     if len(pieces) % 10:
         raise ValueError(f"pieces: expected ten ints per piece, got {len(pieces)} ints")
-    layers = [shapes[i : i + 4] for i in range(0, len(shapes), 4)]
+    layers = tuple(shapes[i : i + 4] for i in range(0, len(shapes), 4))
     for number, shape in enumerate(layers):
         if min(shape) < 1:
             raise ValueError(f"shapes: expected sizes of at least 1, got {shape} for layer {number}")
@@ -204,7 +246,9 @@ def superweight_plan(pieces: tuple[int, ...], shapes: tuple[int, ...]) -> Plan:
     for layer, numbers in enumerate(of_layer):
         _check_tiling(layer, layers[layer], numbers, parsed)
     return Plan(
+        (pieces, shapes),
         parsed,
+        layers,
         tuple(bank_ends),
         max(bank_ends, default=0),
         max((piece.coefficient + piece.templates for piece in parsed), default=0),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from . import checks, ops
 
 # The two mixers spell out the schema's arguments, alike as they are, so that help() and editors show them.
 
@@ -129,16 +129,7 @@ def compose_superweights(
     Raises:
         TypeError, ValueError: an argument does not fit, or pieces leave a gap, overlap or reach past the bank.
     """
-    for name, tensor in (("bank", bank), ("coefficients", coefficients)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if bank.device.type == "cpu":
-        if not torch.compiler.is_compiling() and not ops.needs_gradient(bank, coefficients):
-            # Nothing to record: pass over autograd's Python kernel, 2 % of a call for WRN-28-10.
-            with torch._C._AutoDispatchBelowAutograd():
-                return tuple(torch.ops.spin._compose_layers.default(bank, coefficients, pieces, shapes))
-        return tuple(torch.ops.spin._compose_layers.default(bank, coefficients, pieces, shapes))
-    return ops.layers_of(torch.ops.spin.compose_superweights.default(bank, coefficients, pieces, shapes), shapes)
+    return ops.compose_layers(bank, coefficients, checks.composition_text(pieces, shapes))
 
 
 def repeat_weight(

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spin_kernels import checks
+
 
 def mixer_arguments(
     batch: int = 2,
@@ -80,6 +82,12 @@ def compose_arguments(dtype: torch.dtype = torch.float32, requires_grad: bool = 
         "pieces": list(PIECES),
         "shapes": list(SHAPES),
     }
+
+
+def private_composition(arguments: dict[str, Any]) -> tuple[Tensor, Tensor, str]:
+    """The same call of a private operator: both lists in one text."""
+    bank, coefficients, pieces, shapes = arguments.values()
+    return bank, coefficients, checks.composition_text(pieces, shapes)
 
 
 def repeat_arguments(

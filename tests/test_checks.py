@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from arguments import PIECES, SHAPES, compose_arguments, mixer_arguments, repeat_arguments
+from arguments import PIECES, SHAPES, compose_arguments, mixer_arguments, private_composition, repeat_arguments
 
 from spin_kernels import checks
 
@@ -236,6 +236,6 @@ def test_backward_operators_check_the_gradient() -> None:
             checks.mixer_backward(grad, *private)
         for grads in ([grad], [grad.flatten()], [grad, grad]):
             with pytest.raises((ValueError, TypeError), match=r"^grads: expected"):
-                checks.compose_superweights_backward(grads, *compose_arguments().values())
+                checks.composition_backward(grads, *private_composition(compose_arguments()))
         with pytest.raises((ValueError, TypeError), match=r"^grad: expected"):
             checks.repeat_weight_backward(grad, *repeat_arguments().values())

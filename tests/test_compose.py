@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from arguments import private_composition
 from random_weights import DTYPES, assert_same_bits, assert_sums, draws, on_every_isa
 from torch import Tensor
 
@@ -84,7 +85,7 @@ def computed(arguments: dict[str, Any], grad: Tensor) -> list[Tensor]:
         leaf.grad = None
     apart = compose_superweights(**{**arguments, **leaves})
     if apart:
-        torch.autograd.backward(apart, layers_of(grad, arguments["shapes"]))
+        torch.autograd.backward(apart, layers_of(grad, [w.shape for w in apart]))
         others = [torch.cat([weight.detach().flatten() for weight in apart]), *(leaf.grad for leaf in leaves.values())]
         assert all(torch.equal(a, b) for a, b in zip(results, others, strict=True))
     return results
@@ -179,7 +180,7 @@ def test_kept_composition_meets_a_smaller_bank() -> None:
     for name in ("bank", "coefficients"):
         end = {"bank": 2 * 96 * 64 * 9 + 96 * 64 * 9 // 2, "coefficients": len(arguments["coefficients"])}[name]
         with pytest.raises(RuntimeError, match=rf"expected .*at least {end} .*got {end - 1}"):
-            run(**{**arguments, name: arguments[name][: end - 1]}, apart=False)
+            run(*private_composition({**arguments, name: arguments[name][: end - 1]}), apart=False)
 
 
 @pytest.mark.parametrize("value", [None, [1.0]])
@@ -187,6 +188,20 @@ def test_kept_composition_meets_a_smaller_bank() -> None:
 def test_no_tensors(name: str, value: Any) -> None:
     with pytest.raises(TypeError, match=rf"^{name}: expected a tensor, got {type(value).__name__}$"):
         compose_superweights(**{**nested_layers(1, 1), name: value})
+
+
+@pytest.mark.parametrize("value", [None, 3, [0, 0.0, 1, 1, 0, 0, 0, 1, 1, 1], ["a"]])
+@pytest.mark.parametrize("name", ["pieces", "shapes"])
+def test_no_integers(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=rf"^{name}: expected integers, got "):
+        compose_superweights(**{**nested_layers(1, 1), name: value})
+
+
+@pytest.mark.parametrize("text", ["", "1 2", "1;2;3", "x;1", "1,2;3", f"{2**63};1"])
+def test_private_kernel_refuses_other_texts(text: str) -> None:
+    run = torch.ops.spin._compose_superweights_cpu
+    with pytest.raises(RuntimeError, match="composition: expected pieces;shapes in decimal numbers"):
+        run(torch.randn(8), torch.randn(2), text, apart=False)
 
 
 def test_backend() -> None:

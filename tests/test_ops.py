@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from arguments import cast, compose_arguments, mixer_arguments, repeat_arguments, tensors_of
+from arguments import cast, compose_arguments, mixer_arguments, private_composition, repeat_arguments, tensors_of
 from torch import Tensor, nn
 from torch.library import opcheck
 
@@ -124,9 +124,11 @@ def test_opcheck_private(channels_last: bool, eps: float | None) -> None:
 def test_opcheck_private_backwards() -> None:
     composed = compose_arguments()
     shapes = [composed["shapes"][i : i + 4] for i in range(0, len(composed["shapes"]), 4)]
+    private = private_composition(composed)
     for grads in ([torch.randn(186)], [torch.randn(shape) for shape in shapes]):
-        opcheck(spin._compose_superweights_backward.default, (grads, *composed.values()))
-    opcheck(spin._compose_layers.default, tuple(composed.values()))
+        opcheck(spin._compose_superweights_backward.default, (grads, *private))
+    for requires_grad in (False, True):
+        opcheck(spin._compose_layers.default, private_composition(compose_arguments(requires_grad=requires_grad)))
     for modulation in ("swish", "gate", "none"):
         repeated = repeat_arguments(modulation)
         opcheck(spin._repeat_weight_backward.default, (torch.randn(5, 7, 3, 1), *repeated.values()))
@@ -331,7 +333,8 @@ def test_no_stale_weights(name: str) -> None:
     op(**arguments)
     for tensor in tensors_of(arguments).values():
         tensor.detach().numpy()[...] *= 0.5  # bumps no version counter
-        torch.testing.assert_close(first(op(**arguments)), first(ref(**arguments)), rtol=1e-4, atol=1e-4)
+        # Batch statistics may magnify rounding; old values are far off.
+        torch.testing.assert_close(first(op(**arguments)), first(ref(**arguments)), rtol=1e-2, atol=1e-2)
 
 
 @every_operator

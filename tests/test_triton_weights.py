@@ -10,7 +10,7 @@ import test_compose
 import test_golden_weights
 import test_repeat
 import torch
-from arguments import compose_arguments, repeat_arguments, tensors_of
+from arguments import compose_arguments, private_composition, repeat_arguments, tensors_of
 from random_weights import CHUNKS, DTYPES, draws
 from test_compose import COMPOSE, any_composition, computed, nested_layers
 from test_repeat import REPEAT, any_arguments, drawn, run
@@ -220,10 +220,11 @@ def test_published_repetition(case: dict[str, Any]) -> None:
 def test_opcheck() -> None:
     composed = on_device(compose_arguments(requires_grad=True))
     opcheck(COMPOSE, tuple(composed.values()))
-    detached = [t.detach() if isinstance(t, Tensor) else t for t in composed.values()]
+    private = private_composition(composed)
+    detached = [t.detach() if isinstance(t, Tensor) else t for t in private]
     backward = torch.ops.spin._compose_superweights_backward.default
     opcheck(backward, ([random_like(COMPOSE, composed).detach()], *detached))
-    opcheck(torch.ops.spin._compose_layers.default, tuple(composed.values()))
+    opcheck(torch.ops.spin._compose_layers.default, private)
     for modulation in ("none", "swish", "gate"):
         repeated = on_device(repeat_arguments(modulation))
         opcheck(torch.ops.spin._repeat_weight_backward.default, (random_like(REPEAT, repeated), *repeated.values()))

@@ -85,10 +85,10 @@ def prepare(provider: str, case: Case, seed: int) -> tuple[Callable[[], Any], Te
 
         return forward, flat(forward()).float(), {}
     leaves, weights = list(source.parameters()), make()
-    grads = gradients(weights, dtype)
+    loss = Given.apply(gradients(weights, dtype), *weights)
 
     def backward() -> Any:
-        return torch.autograd.grad(weights, leaves, grads, retain_graph=True)
+        return torch.autograd.grad(loss, leaves, retain_graph=True)
 
     return backward, flat(backward()).float(), {}
 
@@ -108,6 +108,20 @@ def flat(tensors: Any) -> Tensor:
 def gradients(weights: Weights, dtype: torch.dtype) -> Weights:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(w.shape, generator=generator).to(dtype) for w in weights]
+
+
+class Given(torch.autograd.Function):
+    """A loss of which the gradients are given: of many outputs `torch.autograd.grad` compares shapes in Python, for 0.1
+    to 0.4 ms of a call, which no training step does."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: Weights, *weights: Tensor) -> Tensor:
+        ctx.grads = grads
+        return weights[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.grads
 
 
 # --- plain PyTorch

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import checks, functional
+from .. import checks, ops
 from .base import Freezable
 from .coefficients import Coefficients, EmbeddedCoefficients, TrainedCoefficients
 
@@ -41,8 +41,7 @@ class Slab(NamedTuple):
 class _Plan(NamedTuple):
     """What the operator is asked for, and what follows bank and coefficients: turned windows, vectors of 1 / T."""
 
-    pieces: tuple[int, ...]
-    shapes: tuple[int, ...]
+    composition: str  # pieces and shapes
     turned: tuple[tuple[int, int, int], ...]  # first value, number of values, side of their filters
     averages: tuple[int, ...]
 
@@ -240,7 +239,7 @@ class SuperWeightBank(Freezable):
         if plan.averages:
             means = [coefficients.new_full((count,), 1 / count) for count in plan.averages]
             coefficients = torch.cat((coefficients, *means))
-        return functional.compose_superweights(bank, coefficients, plan.pieces, plan.shapes)
+        return ops.compose_layers(bank, coefficients, plan.composition)
 
     def _plan(self, layers: tuple[int, ...]) -> _Plan:
         pieces: list[int] = []
@@ -265,7 +264,7 @@ class SuperWeightBank(Freezable):
                     coefficient = averages.setdefault(templates, first_average + sum(averages))
                 corner = (slab.out_offset, slab.in_offset, slab.out, slab.in_channels, slab.row)
                 pieces += [number, base, slab.stride, templates, coefficient, *corner]
-        return _Plan(tuple(pieces), tuple(shapes), tuple(turned), tuple(averages))
+        return _Plan(checks.composition_text(pieces, shapes), tuple(turned), tuple(averages))
 
     def _turn(self, first: int, count: int, side: int) -> Tensor:
         filters = self.templates[first : first + count].view(-1, side, side)
