@@ -52,14 +52,16 @@ def test_bytes_of_repetitions():
     source, weights = sum(layer.weight.numel() for layer in layers), sum(w.numel() for w in layers.compose())
     assert compositions.Repetition("forward").bytes(1, "float32") == 4 * (source + weights)
     assert compositions.Repetition("backward").bytes(1, "float32") == 4 * (2 * source + weights)
+    assert compositions.Repetition("backward").read_bytes("bfloat16") == 2 * (source + weights)
 
 
 def test_who_makes_weights():
     names = catalog.select("compose", "cpu", None)
+    ceilings = {"forward": ["copy"], "backward": ["copy", "read"], "step": []}
     for made in compositions.COMPOSITIONS:
         part = [name for name in names if catalog.takes_part(name, made)]
-        assert part == ["spin", *made.peers, *(["copy"] if made.what != "step" else [])]
-    assert catalog.select("compose", "cpu", []) == ["spin", "copy"]
+        assert part == ["spin", *made.peers, *ceilings[made.what]]
+    assert catalog.select("compose", "cpu", []) == ["spin", "copy", "read"]
 
 
 def test_a_step_is_the_same_with_weights_of_its_own():

@@ -16,7 +16,9 @@ PEERS = {  # the name --peers takes -> its variants
     "onnxruntime": ("onnxruntime",),
 }
 COMPOSING_PEERS = {"product": ("product",), "broadcast": ("broadcast sum",), "eager": ("eager",)}
-COPY = "copy"  # Tensor.copy_ of a case's least bytes, half of them read and half written: a ceiling, not a peer
+# Ceilings, not peers: Tensor.copy_ of a case's least bytes, half of them read and half written, and Tensor.sum of as
+# many as a backward pass reads, which is most of them.
+COPY, READ = "copy", "read"
 TRAINING_PEERS = ("eager", "compile", "autotune", "graphs")
 DEVICE_PEERS = {
     "cpu": ("eager", "compile", "openvino", "onnxruntime"),
@@ -35,7 +37,7 @@ def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
     """The providers of a run: ours, then all variants of the peers (None: all; eager for blocks)."""
     if suite == "compose":
         names = COMPOSING_PEERS if peers is None else peers
-        return ["spin", *(variant for peer in names for variant in COMPOSING_PEERS[peer]), COPY]
+        return ["spin", *(variant for peer in names for variant in COMPOSING_PEERS[peer]), COPY, READ]
     ours = TRAINING if suite == "train" else INFERENCE
     if device == "cuda":
         ours += (CAPTURED,)
@@ -45,14 +47,15 @@ def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
 
 
 def takes_part(provider: str, network: object) -> bool:
-    """Weights have peers of their own; no copy stands beside a step, which is bound by its convolutions."""
+    """Weights have peers of their own; no ceiling stands beside a step, which is bound by its convolutions."""
     if not isinstance(network, MadeWeights):
         return True
-    return provider in ("spin", *network.peers) or (provider == COPY and network.what != "step")
+    ceilings = {"forward": (COPY,), "backward": (COPY, READ), "step": ()}
+    return provider in ("spin", *network.peers, *ceilings[network.what])
 
 
 def is_peer(provider: str) -> bool:
-    return provider not in (*OURS, COPY)
+    return provider not in (*OURS, COPY, READ)
 
 
 def unsupported(provider: str, dtype: str) -> str | None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spin_kernels as spin
-from spinbench.catalog import COPY
+from spinbench.catalog import COPY, READ
 from spinbench.compositions import NETWORK, SIDE, TILES, MadeWeights, Repetition
 from spinbench.networks import Case
 
@@ -59,9 +59,11 @@ def reference(made: MadeWeights, batch: int, seed: int) -> Tensor:
 
 
 def prepare(provider: str, case: Case, seed: int) -> tuple[Callable[[], Any], Tensor | None, dict[str, float]]:
-    """The call that is timed, its result as one float32 tensor (None of a copy), and figures of the provider."""
+    """The call that is timed, its result as one float32 tensor (None of a ceiling), and figures of the provider."""
     if provider == COPY:
         return copying(case), None, {}
+    if provider == READ:
+        return torch.ones(case.network.read_bytes(case.dtype) // 4).sum, None, {}
     made, dtype = case.network, getattr(torch, case.dtype)
     network = network_of(made, seed)
     if made.what == "step":

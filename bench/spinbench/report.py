@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spinbench.catalog import COPY, OURS, is_peer
+from spinbench.catalog import COPY, OURS, READ, is_peer
 from spinbench.compositions import shares
 from spinbench.machine import Ceilings
 from spinbench.networks import floor_ms
@@ -163,14 +163,19 @@ def geometric_means(rows: list[dict]) -> list[tuple[str, float, int]]:
 
 
 def beside_copies(rows: list[dict]) -> list[str]:
-    """Of every case with a copy of its least bytes: how fast ours moves them, and as a share of the copy's rate."""
+    """Of every case with ceilings: how fast ours moves its least bytes, how fast a copy does, and how much of the time
+    reading takes alone."""
     lines = []
     for (net, _, dtype), group in groupby(rows, case_of):
-        rate = {row["provider"]: row["bytes"] / row["ms"] / 1e6 for row in group}
-        ours = max((rate[name] for name in rate if name in OURS), default=None)
-        if ours and COPY in rate:
-            share = f"{ours / rate[COPY]:.0%} of what Tensor.copy_ reached in the same bursts"
-            lines.append(f"{net} {dtype}: {ours:.1f} GB/s of its least bytes, {share}")
+        group = list(group)
+        ms = {row["provider"]: row["ms"] for row in group}
+        ours = min((ms[name] for name in ms if name in OURS), default=None)
+        if ours and COPY in ms:
+            rate = f"{group[0]['bytes'] / ours / 1e6:.1f} GB/s of its least bytes"
+            line = f"{net} {dtype}: {rate}, {ms[COPY] / ours:.0%} of what Tensor.copy_ reached in the same bursts"
+            if READ in ms:
+                line += f"; Tensor.sum of what it reads takes {ms[READ] / ours:.0%} of its time"
+            lines.append(line)
     return lines
 
 
