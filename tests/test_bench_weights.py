@@ -10,7 +10,7 @@ import spin_kernels as spin
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-from spinbench import catalog, composing, compositions
+from spinbench import catalog, composing, compositions, networks
 
 
 @pytest.mark.parametrize(
@@ -52,16 +52,27 @@ def test_bytes_of_repetitions():
     source, weights = sum(layer.weight.numel() for layer in layers), sum(w.numel() for w in layers.compose())
     assert compositions.Repetition("forward").bytes(1, "float32") == 4 * (source + weights)
     assert compositions.Repetition("backward").bytes(1, "float32") == 4 * (2 * source + weights)
-    assert compositions.Repetition("backward").read_bytes("bfloat16") == 2 * (source + weights)
 
 
 def test_who_makes_weights():
     names = catalog.select("compose", "cpu", None)
-    ceilings = {"forward": ["copy"], "backward": ["copy", "read"], "step": []}
+    ceilings = {"forward": ["copy", "write"], "backward": ["copy", "read"], "step": []}
     for made in compositions.COMPOSITIONS:
         part = [name for name in names if catalog.takes_part(name, made)]
         assert part == ["spin", *made.peers, *ceilings[made.what]]
-    assert catalog.select("compose", "cpu", []) == ["spin", "copy", "read"]
+    assert catalog.select("compose", "cpu", []) == ["spin", "copy", "write", "read"]
+
+
+def test_ceilings_move_what_the_passes_do():
+    class Made(compositions.Composition):
+        source, weights = 300, 7000
+
+    for provider, what, result in (("write", "forward", None), ("read", "backward", 7300)):
+        case = networks.Case(Made(10, what), 1, "float32")
+        run, expected, _ = composing.prepare(provider, case, seed=0)
+        assert expected is None
+        got = run()
+        assert got.item() == result if result else (len(got) == 7000 and got.eq(2).all())
 
 
 def test_a_step_is_the_same_with_weights_of_its_own():

@@ -16,9 +16,10 @@ PEERS = {  # the name --peers takes -> its variants
     "onnxruntime": ("onnxruntime",),
 }
 COMPOSING_PEERS = {"product": ("product",), "broadcast": ("broadcast sum",), "eager": ("eager",)}
-# Ceilings, not peers: Tensor.copy_ of a case's least bytes, half of them read and half written, and Tensor.sum of as
-# many as a backward pass reads, which is most of them.
-COPY, READ = "copy", "read"
+# Ceilings, not peers: Tensor.copy_ of a case's least bytes, half of them read and half written; and, because memory may
+# write or read slower than it does both, of what a pass mostly does: Tensor.fill_ of the weights that a forward pass
+# writes, Tensor.sum of as many bytes as a backward pass reads.
+COPY, WRITE, READ = "copy", "write", "read"
 TRAINING_PEERS = ("eager", "compile", "autotune", "graphs")
 DEVICE_PEERS = {
     "cpu": ("eager", "compile", "openvino", "onnxruntime"),
@@ -37,7 +38,7 @@ def select(suite: str, device: str, peers: list[str] | None) -> list[str]:
     """The providers of a run: ours, then all variants of the peers (None: all; eager for blocks)."""
     if suite == "compose":
         names = COMPOSING_PEERS if peers is None else peers
-        return ["spin", *(variant for peer in names for variant in COMPOSING_PEERS[peer]), COPY, READ]
+        return ["spin", *(variant for peer in names for variant in COMPOSING_PEERS[peer]), COPY, WRITE, READ]
     ours = TRAINING if suite == "train" else INFERENCE
     if device == "cuda":
         ours += (CAPTURED,)
@@ -50,12 +51,12 @@ def takes_part(provider: str, network: object) -> bool:
     """Weights have peers of their own; no ceiling stands beside a step, which is bound by its convolutions."""
     if not isinstance(network, MadeWeights):
         return True
-    ceilings = {"forward": (COPY,), "backward": (COPY, READ), "step": ()}
+    ceilings = {"forward": (COPY, WRITE), "backward": (COPY, READ), "step": ()}
     return provider in ("spin", *network.peers, *ceilings[network.what])
 
 
 def is_peer(provider: str) -> bool:
-    return provider not in (*OURS, COPY, READ)
+    return provider not in (*OURS, COPY, WRITE, READ)
 
 
 def unsupported(provider: str, dtype: str) -> str | None:

@@ -8,6 +8,7 @@ and the tiles' alpha and beta spread over the filters.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spin_kernels as spin
-from spinbench.catalog import COPY, READ
+from spinbench.catalog import COPY, READ, WRITE
 from spinbench.compositions import NETWORK, SIDE, TILES, MadeWeights, Repetition
 from spinbench.networks import Case
 
@@ -60,11 +61,14 @@ def reference(made: MadeWeights, batch: int, seed: int) -> Tensor:
 
 def prepare(provider: str, case: Case, seed: int) -> tuple[Callable[[], Any], Tensor | None, dict[str, float]]:
     """The call that is timed, its result as one float32 tensor (None of a ceiling), and figures of the provider."""
+    made, dtype = case.network, getattr(torch, case.dtype)
     if provider == COPY:
         return copying(case), None, {}
+    if provider == WRITE:
+        return partial(torch.ones(made.weights, dtype=dtype).fill_, 2.0), None, {}
     if provider == READ:
-        return torch.ones(case.network.read_bytes(case.dtype) // 4).sum, None, {}
-    made, dtype = case.network, getattr(torch, case.dtype)
+        bytes_read = (made.source + made.weights) * dtype.itemsize
+        return torch.ones(bytes_read // torch.float32.itemsize).sum, None, {}
     network = network_of(made, seed)
     if made.what == "step":
         if provider != "spin":

@@ -54,10 +54,6 @@ class MadeWeights(ABC):
         item = {"float32": 4, "bfloat16": 2}[dtype]
         return item * (self.source * (2 if self.what == "backward" else 1) + self.weights)
 
-    def read_bytes(self, dtype: str) -> int:
-        """Of those of a backward pass: all but the source's gradient."""
-        return self.bytes(1, dtype) * (self.source + self.weights) // (2 * self.source + self.weights)
-
 
 @dataclass(frozen=True)
 class Composition(MadeWeights):

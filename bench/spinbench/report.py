@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from spinbench.catalog import COPY, OURS, READ, is_peer
+from spinbench.catalog import COPY, OURS, READ, WRITE, is_peer
 from spinbench.compositions import shares
 from spinbench.machine import Ceilings
 from spinbench.networks import floor_ms
@@ -164,7 +164,7 @@ def geometric_means(rows: list[dict]) -> list[tuple[str, float, int]]:
 
 def beside_copies(rows: list[dict]) -> list[str]:
     """Of every case with ceilings: how fast ours moves its least bytes, how fast a copy does, and how much of the time
-    reading takes alone."""
+    writing or reading takes alone."""
     lines = []
     for (net, _, dtype), group in groupby(rows, case_of):
         group = list(group)
@@ -173,8 +173,9 @@ def beside_copies(rows: list[dict]) -> list[str]:
         if ours and COPY in ms:
             rate = f"{group[0]['bytes'] / ours / 1e6:.1f} GB/s of its least bytes"
             line = f"{net} {dtype}: {rate}, {ms[COPY] / ours:.0%} of what Tensor.copy_ reached in the same bursts"
-            if READ in ms:
-                line += f"; Tensor.sum of what it reads takes {ms[READ] / ours:.0%} of its time"
+            for name, alone in ((WRITE, "fill_ of what it writes"), (READ, "sum of what it reads")):
+                if name in ms:
+                    line += f"; Tensor.{alone} takes {ms[name] / ours:.0%} of its time"
             lines.append(line)
     return lines
 
