@@ -256,7 +256,7 @@ def superweight_plan(pieces: tuple[int, ...], shapes: tuple[int, ...]) -> Plan:
     )
 
 
-def _check_piece(number: int, piece: Piece, layers: list[tuple[int, ...]]) -> None:
+def _check_piece(number: int, piece: Piece, layers: Sequence[tuple[int, ...]]) -> None:
     if not 0 <= piece.layer < len(layers):
         raise ValueError(f"pieces: piece {number} expected a layer below {len(layers)}, got {piece.layer}")
     for name in ("base", "stride", "coefficient", "out_offset", "in_offset"):

@@ -279,7 +279,8 @@ def _save_compose_flat(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _differentiate_compose_flat(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *_compose_gradients([grad.contiguous()], *ctx.saved_tensors, ctx.composition), None
+    bank, coefficients = ctx.saved_tensors
+    return *_compose_gradients([grad.contiguous()], bank, coefficients, ctx.composition), None
 
 
 class _ComposeLayers(torch.autograd.Function):
