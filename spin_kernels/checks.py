@@ -164,7 +164,7 @@ _written = lru_cache(maxsize=64)(_write)
 
 
 def composition_layers(text: str) -> list[list[int]]:
-    """The shapes in a text of ``composition_text``, without checks."""
+    """The shapes in a text of ``composition_text``, without checks: torch.compile traces this."""
     shapes = [int(size) for size in text.split(";")[1].split()]
     return [shapes[i : i + 4] for i in range(0, len(shapes), 4)]
 

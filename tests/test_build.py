@@ -31,3 +31,4 @@ def test_functions_of_one_instruction_set(files: dict[str, str], symbol: str | N
     assert run.returncode == (symbol is not None), run.stderr
     if symbol is not None:
         assert run.stderr.split()[-1] == symbol
+    assert subprocess.run(["sh", SCRIPT, NM, tmp_path / "none.a"], capture_output=True).returncode != 0

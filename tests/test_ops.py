@@ -333,8 +333,9 @@ def test_no_stale_weights(name: str) -> None:
     op(**arguments)
     for tensor in tensors_of(arguments).values():
         tensor.detach().numpy()[...] *= 0.5  # bumps no version counter
-        # Batch statistics may magnify rounding; old values are far off.
-        torch.testing.assert_close(first(op(**arguments)), first(ref(**arguments)), rtol=1e-2, atol=1e-2)
+        # In float64: batch statistics magnify the rounding of a plain float32 reference beyond the bound, 1 draw in 20.
+        expected = first(ref(**cast(arguments, torch.float64)))
+        torch.testing.assert_close(first(op(**arguments)), expected.float(), rtol=1e-4, atol=1e-4)
 
 
 @every_operator

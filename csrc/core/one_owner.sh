@@ -5,7 +5,8 @@
 # them, whatever it was compiled for, and a processor could meet instructions that it lacks. (A template that two
 # instruction sets instantiate must have their vector type among its arguments.) Meant for optimized objects: others
 # share trivial functions that are inlined here.
-shared=$("$1" -A --defined-only "$2" | awk '
+symbols=$("$1" -A --defined-only "$2") || exit
+shared=$(printf '%s\n' "$symbols" | awk '
   $(NF - 1) ~ /[Wu]/ {
     if ($0 ~ /:kernels_/) kernels[$NF]
     if ($NF in seen) twice[$NF]
