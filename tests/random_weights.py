@@ -11,12 +11,12 @@ from torch import Tensor
 runtime = pytest.importorskip("spin_kernels.spin_runtime", reason="the library is not built")
 CHUNKS = 10
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+every_isa = pytest.mark.parametrize("isa", runtime.cpu_features()["isas"])
 
 
 def on_every_isa(test: Callable[..., None]) -> Callable[..., None]:
     """In chunks, for tests that run side by side."""
-    test = pytest.mark.parametrize("isa", runtime.cpu_features()["isas"])(test)
-    return pytest.mark.parametrize("chunk", range(CHUNKS))(test)
+    return pytest.mark.parametrize("chunk", range(CHUNKS))(every_isa(test))
 
 
 def draws(count: int, draw: Callable[[Random], dict[str, Any]]) -> Iterator[dict[str, Any]]:

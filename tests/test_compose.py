@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from arguments import private_composition
-from random_weights import DTYPES, assert_same_bits, assert_sums, draws, on_every_isa
+from random_weights import DTYPES, assert_same_bits, assert_sums, draws, every_isa, on_every_isa
 from torch import Tensor
 
 from spin_kernels import dispatch, reference
@@ -104,17 +104,17 @@ def test_random_compositions(chunk: int, isa: str, monkeypatch: pytest.MonkeyPat
         assert_right(arguments, torch.randn_like(COMPOSE(**arguments)))
 
 
-def nested_layers(templates: int, layers: int, rows: int = 96) -> dict[str, Any]:
+def nested_layers(templates: int, layers: int, rows: int = 96, into: int = 64) -> dict[str, Any]:
     """A few megabytes: layers of two sizes that share one window, and one with a window that begins inside it."""
-    small, large = (rows, 64, 3, 3), (rows, 128, 3, 3)
-    n = rows * 64 * 9
+    small, large = (rows, into, 3, 3), (rows, 2 * into, 3, 3)
+    n = rows * into * 9
     pieces, shapes = [], []
     for layer in range(layers):
         wide = layer % 2
         shapes += large if wide else small
         for half in range(1 + wide):
             base = n // 2 if layer == layers - 1 else 0
-            pieces += [layer, base, n, templates, len(pieces) // 10 * templates, 0, 64 * half, rows, 64, 64]
+            pieces += [layer, base, n, templates, len(pieces) // 10 * templates, 0, into * half, rows, into, into]
     return {
         "bank": torch.randn(n * templates + n // 2),
         "coefficients": torch.randn(len(pieces) // 10 * templates),
@@ -123,12 +123,25 @@ def nested_layers(templates: int, layers: int, rows: int = 96) -> dict[str, Any]
     }
 
 
-def test_long_streams() -> None:
-    """Results of more than the 8 MB beyond which they bypass the caches."""
-    arguments = nested_layers(5, 36)
+@every_isa
+@pytest.mark.parametrize("into", [64, 61])
+def test_long_streams(into: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of more than the 8 MB beyond which they bypass the caches; rows may begin anywhere in a line."""
+    monkeypatch.setenv("SPIN_CPU_ISA", isa)
+    arguments = nested_layers(5, 40, into=into)
     flat = COMPOSE(**arguments)
     assert flat.numel() * 4 > 8 << 20
     assert_right(arguments, torch.randn_like(flat))
+
+
+@every_isa
+def test_any_number_of_users_and_templates(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels take both in groups."""
+    monkeypatch.setenv("SPIN_CPU_ISA", isa)
+    for users in range(1, 15):
+        for templates in range(1, 8):
+            arguments = nested_layers(templates, users, rows=1, into=5)
+            assert_right(arguments, torch.randn_like(COMPOSE(**arguments)))
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -1,22 +1,29 @@
 // One tile of a composition: rows of a window of the bank, all its templates, all its users (see compose.h).
 //
-// Forward walks the templates, which L1 holds, for two lines of a user's result at a time; results of a large call are
-// streamed past the caches, where a plain store would first read the line that it replaces.
+// Forward makes two lines of several users' results in registers while it walks the templates, so that those come from
+// L2 once; results of a large call are streamed past the caches, where a plain store would first read the line that it
+// replaces.
 //
-// Backward packs the tile's templates into scratch, next to sums for their gradients, and walks the users two at a
-// time: vectors of both gradients go into a sum per template in L1, times the templates into products in registers. The
-// sums go to the bank's gradient at the end.
+// Backward packs as many templates as registers have room for into scratch, next to sums for their gradients, and walks
+// the users in groups: their gradients go into a sum per template in L1, times the templates into products in
+// registers. The sums then go to the bank's gradient. Other templates follow, with the users' gradients in L2.
 //
 // So memory sees bursts, a template's or a user's part of the tile each, and every burst asks for what comes after it;
-// while results are written, that is the next tile's templates. Time on a Zen 5 processor of what is left out, for
-// WRN-28-10 at 10 to 100 % of its parameters (this order: 1): backward, users one at a time 1.06 to 1.09, and with
-// nothing asked for during writes 1.08 to 1.2; a vector of every user at a time, with lines 1 KB ahead, 1.0 to 1.12 (in
-// huge pages 1.0 to 1.16: strides of weights are often multiples of 64 KB, and many streams then fight for one set of
-// L1 and of L2). Forward, nothing asked for 1.02 to 1.12, lines of four vectors each 1.02 to 1.08. On a Zen 4, whose L1
-// waits for few lines at a time, backward takes 1.16 to 1.3 if bursts are asked for into L1 instead of L2; users three
-// or four at a time 0.95 to 1.08, up to eight 0.92 to 1.03, sums written line by line while the next tile is read 1.1
-// to 1.14, by the last users' walk instead of from L1 1.0 to 1.02. With all tiles in caches it would take 0.45 (10 %)
-// to 0.55 (100 %) of the time there.
+// while results are written, that is the next tile's templates. Time of what is left out or done otherwise, for
+// WRN-28-10 at 10 to 100 % of its parameters (this order: 1):
+//
+//   Zen 4, two cores on one complex, and on two, whose memory is half as fast again:
+//     forward, users one at a time                      1.0 to 1.3    1.05 to 1.65
+//              users up to four at a time               1.0 to 1.08   1.0 to 1.26
+//     backward, users two at a time, all templates held 1.0 to 1.1    1.02 to 1.14
+//              bursts asked for into L1, not L2         1.16 to 1.3   (its L1 waits for few lines at a time)
+//              and a user's own lines into L1, 768 bytes ahead  0.98 to 1.03  0.97 to 1.05
+//              sums written line by line while the next tile is read  1.1 to 1.14
+//   Zen 5 (against users one at a time forward and two backward):
+//     forward, nothing asked for                        1.02 to 1.12
+//     backward, users one at a time 1.06 to 1.09, nothing asked for during writes 1.08 to 1.2; a vector of every user
+//     at a time, with lines 1 KB ahead, 1.0 to 1.12 (in huge pages 1.0 to 1.16: strides of weights are often multiples
+//     of 64 KB, and many streams then fight for one set of L1 and of L2)
 //
 // Cost: one multiply-add per template and vector forward, two backward.
 // Numerics: float32 sums in a tile, double across tiles.
@@ -33,8 +40,10 @@ struct Compose : WeightTile<V, kType> {
   using Floats = WeightTile<V, DType::kFloat32>;
   using Base::kLanes, Base::kBytes, Base::load, Base::load_part, Base::store_part;
   using typename Base::F;
-  static constexpr int kVectors = 128 / (kLanes * sizeof(float));      // forward: two lines
-  static constexpr int kUsers = 2, kTemplates = kLanes == 16 ? 4 : 2;  // backward at a time, by registers
+  static constexpr int kVectors = 128 / (kLanes * sizeof(float));  // forward: two lines
+  // At a time, by registers: users forward; users and templates backward.
+  static constexpr int kResults = 12 / kVectors;
+  static constexpr int kUsers = kLanes == 16 ? 4 : 2, kTemplates = kLanes == 16 ? kHeldTemplates : 2;
 
   // A part of a template or of a user's gradient, as large as the tile.
   struct Burst {
@@ -64,74 +73,116 @@ struct Compose : WeightTile<V, kType> {
     return burst;
   }
 
-  template <int kCount, bool kStream>
-  static SPIN_INLINE void combine(const char* from, const ComposeTile& t, const float* c, char* to, int64_t part) {
+  // How many of `left` come next where all are taken in groups of much the same size.
+  static SPIN_INLINE int64_t share(int64_t left, int64_t most) { return ceil_div(left, ceil_div(left, most)); }
+
+  // Element j and the ones after it, in row r, of kWide users from number u: kCount vectors each, or `part` elements.
+  template <int kWide, int kCount, bool kStream>
+  static SPIN_INLINE void combine(const ComposeTile& t, int64_t u, int64_t r, int64_t j, int64_t part = kLanes) {
     constexpr int64_t step = kLanes * kBytes;
-    auto element = [&](int v) { return kCount == 1 ? load_part(from, part) : load(from + v * step); };
-    F sum[kCount], weight = V::set(c[0]);
+    const ComposeUser* users = t.users + u;
+    const char* from = t.bank + (r * t.pitch + j) * kBytes;
+    F sum[kWide][kCount];
+    auto add = [&](int64_t k, bool first) __attribute__((always_inline)) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kCount; ++v) sum[v] = V::mul(weight, element(v));
-    for (int64_t k = 1; k < t.templates; ++k) {
-      from += t.stride * kBytes, weight = V::set(c[k]);
+      for (int v = 0; v < kCount; ++v) {
+        const F x = kCount == 1 ? load_part(from, part) : load(from + v * step);
 #pragma GCC unroll 8
-      for (int v = 0; v < kCount; ++v) sum[v] = V::fma(weight, element(v), sum[v]);
-    }
-#pragma GCC unroll 8
-    for (int v = 0; v < kCount; ++v) {
-      if constexpr (kStream) {
-        V::stream(to + v * step, sum[v]);
-      } else if constexpr (kCount == 1) {
-        store_part(to, sum[v], part);
-      } else {
-        V::store_as(to + v * step, kType, sum[v]);
+        for (int w = 0; w < kWide; ++w) {
+          const F weight = V::set(users[w].coefficients[k]);
+          sum[w][v] = first ? V::mul(weight, x) : V::fma(weight, x, sum[w][v]);
+        }
       }
-    }
-  }
-
-  // Row r of user u. The last users ask for the next tile's templates.
-  template <bool kStream>
-  static SPIN_INLINE void row(const ComposeTile& t, int64_t u, int64_t r) {
-    const ComposeUser& user = t.users[u];
-    const char* from = t.bank + r * t.pitch * kBytes;
-    char* to = user.data + r * user.pitch * kBytes;
-    const float* c = user.coefficients;
-    int64_t j = 0;
-    if constexpr (kStream) {  // whole lines only
-      j = Base::before_stream(to, t.columns);
-      if (j > 0) combine<1, false>(from, t, c, to, j);
-    }
-    constexpr int64_t step = kVectors * kLanes;
-    for (; j + step <= t.columns; j += step) {
-      for (int64_t k = t.users_count - 1 - u; k < t.templates; k += t.users_count) {
-        beyond(t, template_of(t, k)).prefetch(r, j, step);
-      }
-      combine<kVectors, kStream>(from + j * kBytes, t, c, to + j * kBytes, kLanes);
-    }
-    for (; j < t.columns; j += kLanes) combine<1, false>(from + j * kBytes, t, c, to + j * kBytes, t.columns - j);
-  }
-
-  static void forward(const ComposeTile& t) {
-    for (int64_t u = 0; u < t.users_count; ++u) {
-      for (int64_t r = 0; r < t.rows; ++r) {
-        if (t.stream) {
-          row<true>(t, u, r);
+    };
+    add(0, true);
+    for (int64_t k = 1; k < t.templates; ++k) from += t.stride * kBytes, add(k, false);
+#pragma GCC unroll 8
+    for (int w = 0; w < kWide; ++w) {
+      char* to = users[w].data + (r * users[w].pitch + j) * kBytes;
+#pragma GCC unroll 8
+      for (int v = 0; v < kCount; ++v) {
+        if constexpr (kStream) {
+          V::stream(to + v * step, sum[w][v]);
+        } else if constexpr (kCount == 1) {
+          store_part(to, sum[w][v], part);
         } else {
-          row<false>(t, u, r);
+          V::store_as(to + v * step, kType, sum[w][v]);
         }
       }
     }
   }
 
-  static int64_t width_of(const ComposeTile& t) { return round_up(t.columns, 2 * kLanes); }  // of a row of scratch
-  static float* packed(const ComposeTile& t, int64_t k) { return t.scratch + k * t.rows * width_of(t); }
-  static float* gradient_sums(const ComposeTile& t, int64_t k) { return packed(t, t.templates + k); }
+  // Row r of kWide users from number u. The last users ask for the next tile's templates.
+  template <int kWide, bool kStream>
+  static SPIN_INLINE void row(const ComposeTile& t, int64_t u, int64_t r) {
+    int64_t j = 0;
+    if constexpr (kStream) {  // whole lines only
+      auto begin = [&](int w) {
+        const ComposeUser& user = t.users[u + w];
+        return Base::before_stream(user.data + r * user.pitch * kBytes, t.columns);
+      };
+      j = begin(0);
+      bool together = true;
+      for (int w = 1; w < kWide; ++w) together = together && begin(w) == j;
+      for (int w = 0; w < kWide; ++w) {
+        if (!together) {
+          row<1, true>(t, u + w, r);
+        } else if (j > 0) {
+          if (w == 0) combine<kWide, 1, false>(t, u, r, 0, j);
+        }
+      }
+      if (!together) return;
+    }
+    constexpr int64_t step = kVectors * kLanes;
+    for (; j + step <= t.columns; j += step) {
+      for (int w = 0; w < kWide; ++w) {
+        for (int64_t k = t.users_count - 1 - u - w; k < t.templates; k += t.users_count) {
+          beyond(t, template_of(t, k)).prefetch(r, j, step);
+        }
+      }
+      combine<kWide, kVectors, kStream>(t, u, r, j);
+    }
+    for (; j < t.columns; j += kLanes) {
+      combine<kWide, 1, false>(t, u, r, j, t.columns - j);
+    }
+  }
 
-  static void pack(const ComposeTile& t, int64_t k, Burst next) {
-    const Burst own = template_of(t, k);
+  template <int kWide>
+  static void rows(const ComposeTile& t, int64_t u) {
+    for (int64_t r = 0; r < t.rows; ++r) {
+      if (kType == DType::kFloat32 && t.stream) {
+        row<kWide, kType == DType::kFloat32>(t, u, r);
+      } else {
+        row<kWide, false>(t, u, r);
+      }
+    }
+  }
+
+  // `wide` users, kWide or fewer.
+  template <int kWide = kResults>
+  static SPIN_INLINE void some_rows(const ComposeTile& t, int64_t u, int64_t wide) {
+    if constexpr (kWide > 1) {
+      if (wide < kWide) return some_rows<kWide - 1>(t, u, wide);
+    }
+    rows<kWide>(t, u);
+  }
+
+  static void forward(const ComposeTile& t) {
+    for (int64_t u = 0, wide; u < t.users_count; u += wide) {
+      wide = share(t.users_count - u, kResults);
+      some_rows(t, u, wide);
+    }
+  }
+
+  static int64_t width_of(const ComposeTile& t) { return round_up(t.columns, kLanes); }  // of a row of scratch
+  // Of template number i of those in scratch; their gradients come after them.
+  static float* packed(const ComposeTile& t, int64_t i) { return t.scratch + i * t.rows * width_of(t); }
+
+  static void pack(const ComposeTile& t, int64_t i, Burst own, Burst next) {
     const int64_t width = width_of(t), step = 2 * kLanes * kBytes;
     for (int64_t r = 0; r < t.rows; ++r) {
       const char* from = own.at(r, 0);
-      float* to = packed(t, k) + r * width;
+      float* to = packed(t, i) + r * width;
       int64_t j = 0;
       for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes, from += step) {
         next.prefetch(r, j, 2 * kLanes);
@@ -143,87 +194,83 @@ struct Compose : WeightTile<V, kType> {
     }
   }
 
-  // What burst number n asks for, where users come first, then the sums that are written: what is read kUsers later.
+  // What burst number n asks for, where users come first, then the sums that are written: what is read kUsers later,
+  // templates that are not among the first ones, and then the next tile.
   static SPIN_INLINE Burst after(const ComposeTile& t, int64_t n) {
+    const int64_t first = share(t.templates, kTemplates);
     n += Base::smaller(kUsers, t.users_count);
     if (n < t.users_count) return gradient_of(t, n);
-    n -= t.users_count;
-    return beyond(t, n < t.templates ? template_of(t, n) : gradient_of(t, n - t.templates));
+    n += first - t.users_count;
+    if (n < t.templates) return template_of(t, n);
+    n -= t.templates;
+    return beyond(t, n < first ? template_of(t, n) : gradient_of(t, n - first));
   }
 
   // kCount templates from number k and kWide users from number u: the products of their gradients with the templates,
   // and what they add to the templates' gradients.
   template <int kWide, int kCount, bool kFirst>
   static SPIN_INLINE void gradients(const ComposeTile& t, int64_t u, int64_t k) {
-    const int64_t width = width_of(t), area = t.rows * width, step = 2 * kLanes * kBytes;
-    const float* templates = packed(t, k);
-    float* sums = gradient_sums(t, k);
-    const ComposeUser* users = t.users + u;
+    const int64_t width = width_of(t), area = t.rows * width;
+    const float* templates = packed(t, 0);
+    float* sums = packed(t, kCount);
     Burst own[kWide], next[kWide];
-    F product[kWide][kCount][2], weight[kWide][kCount];
-#pragma GCC unroll 2
+    F product[kWide][kCount], weight[kWide][kCount];
+#pragma GCC unroll 4
     for (int w = 0; w < kWide; ++w) {
       own[w] = gradient_of(t, u + w), next[w] = k == 0 ? after(t, u + w) : own[w];
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) {
-        product[w][i][0] = product[w][i][1] = V::zero(), weight[w][i] = V::set(users[w].coefficients[k + i]);
+        product[w][i] = V::zero(), weight[w][i] = V::set(t.users[u + w].coefficients[k + i]);
       }
     }
-    auto two = [&](const F(&g)[kWide][2], int64_t at) {
+    auto add = [&](const F(&g)[kWide], int64_t at) {
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) {
-#pragma GCC unroll 2
-        for (int v = 0; v < 2; ++v) {
-          const int64_t place = i * area + at + v * kLanes;
-          const F x = V::load(templates + place);
-          F sum = kFirst ? V::mul(weight[0][i], g[0][v]) : V::fma(weight[0][i], g[0][v], V::load(sums + place));
-          product[0][i][v] = V::fma(g[0][v], x, product[0][i][v]);
-          if constexpr (kWide > 1) {
-            sum = V::fma(weight[1][i], g[1][v], sum);
-            product[1][i][v] = V::fma(g[1][v], x, product[1][i][v]);
-          }
-          V::store(sums + place, sum);
+        const int64_t place = i * area + at;
+        const F x = V::load(templates + place);
+        F sum = kFirst ? V::mul(weight[0][i], g[0]) : V::fma(weight[0][i], g[0], V::load(sums + place));
+#pragma GCC unroll 4
+        for (int w = 0; w < kWide; ++w) {
+          if (w > 0) sum = V::fma(weight[w][i], g[w], sum);
+          product[w][i] = V::fma(g[w], x, product[w][i]);
         }
+        V::store(sums + place, sum);
       }
     };
-    F g[kWide][2];
+    F g[kWide];
     for (int64_t r = 0; r < t.rows; ++r) {
       int64_t j = 0;
-      for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes) {
-#pragma GCC unroll 2
+      for (; j + kLanes <= t.columns; j += kLanes) {
+#pragma GCC unroll 4
         for (int w = 0; w < kWide; ++w) {
-          const char* from = own[w].at(r, j);
-          next[w].prefetch(r, j, 2 * kLanes);
-          g[w][0] = load(from), g[w][1] = load(from + step / 2);
+          next[w].prefetch(r, j, kLanes);
+          g[w] = load(own[w].at(r, j));
         }
-        two(g, r * width + j);
+        add(g, r * width + j);
       }
       if (const int64_t left = t.columns - j; left > 0) {
-#pragma GCC unroll 2
-        for (int w = 0; w < kWide; ++w) {
-          const char* from = own[w].at(r, j);
-          g[w][0] = load_part(from, left);
-          g[w][1] = left > kLanes ? load_part(from + step / 2, left - kLanes) : V::zero();
-        }
-        two(g, r * width + j);
+#pragma GCC unroll 4
+        for (int w = 0; w < kWide; ++w) g[w] = load_part(own[w].at(r, j), left);
+        add(g, r * width + j);
       }
     }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int w = 0; w < kWide; ++w) {
 #pragma GCC unroll 4
       for (int i = 0; i < kCount; ++i) {
-        alignas(64) float total[kLanes];
-        V::store(total, V::add(product[w][i][0], product[w][i][1]));
-        Base::reduce(total, 1, t.products + (u + w) * t.templates + k + i);
+        t.products[(u + w) * t.templates + k + i] = V::sum(product[w][i]);
       }
     }
   }
 
-  // kCount templates or more, as many as registers hold.
-  template <int kWide, int kCount = 1>
-  static SPIN_INLINE void some(const ComposeTile& t, int64_t u, int64_t k) {
-    if constexpr (kCount < kTemplates) {
-      if (t.templates - k > kCount) return some<kWide, kCount + 1>(t, u, k);
+  // `wide` users and `count` templates, kWide and kCount or fewer.
+  template <int kWide = kUsers, int kCount = kTemplates>
+  static SPIN_INLINE void some(const ComposeTile& t, int64_t u, int64_t wide, int64_t k, int64_t count) {
+    if constexpr (kWide > 1) {
+      if (wide < kWide) return some<kWide - 1, kCount>(t, u, wide, k, count);
+    }
+    if constexpr (kCount > 1) {
+      if (count < kCount) return some<kWide, kCount - 1>(t, u, wide, k, count);
     }
     if (u == 0) {
       gradients<kWide, kCount, true>(t, u, k);
@@ -233,8 +280,7 @@ struct Compose : WeightTile<V, kType> {
   }
 
   // Row r of template k's sums into the bank's gradient.
-  static SPIN_INLINE void put(const ComposeTile& t, int64_t k, int64_t r, Burst next) {
-    const float* from = gradient_sums(t, k) + r * width_of(t);
+  static SPIN_INLINE void put(const ComposeTile& t, int64_t k, const float* from, int64_t r, Burst next) {
     float* to = t.bank_gradient + k * t.stride + r * t.pitch;
     auto bytes = [&](int64_t j) { return reinterpret_cast<char*>(to + j); };
     int64_t j = 0;
@@ -258,21 +304,20 @@ struct Compose : WeightTile<V, kType> {
   }
 
   static void backward(const ComposeTile& t) {
-    for (int64_t k = 0; k < t.templates; ++k) {
-      pack(t, k, k + 1 < t.templates ? template_of(t, k + 1) : gradient_of(t, 0));
-    }
-    for (int64_t u = 0; u < t.users_count; u += kUsers) {
-      for (int64_t k = 0; k < t.templates; k += kTemplates) {
-        if (u + 1 < t.users_count) {
-          some<kUsers>(t, u, k);
-        } else {
-          some<1>(t, u, k);
-        }
+    for (int64_t first = 0, count; first < t.templates; first += count) {
+      count = share(t.templates - first, kTemplates);
+      for (int64_t i = 0; i < count; ++i) {
+        pack(t, i, template_of(t, first + i), i + 1 < count ? template_of(t, first + i + 1) : gradient_of(t, 0));
       }
-    }
-    for (int64_t k = 0; k < t.templates; ++k) {  // one template after the other: windows may overlap
-      const Burst next = after(t, t.users_count + k);
-      for (int64_t r = 0; r < t.rows; ++r) put(t, k, r, next);
+      for (int64_t u = 0, wide; u < t.users_count; u += wide) {
+        wide = share(t.users_count - u, kUsers);
+        some(t, u, wide, first, count);
+      }
+      for (int64_t i = 0; i < count; ++i) {  // one template after the other: windows may overlap
+        const float* sums = packed(t, count + i);
+        const Burst next = after(t, t.users_count + first + i);
+        for (int64_t r = 0; r < t.rows; ++r) put(t, first + i, sums + r * width_of(t), r, next);
+      }
     }
   }
 };

@@ -163,7 +163,7 @@ struct Repeat : WeightTile<V, kType> {
         for (; j < t.columns; j += kLanes) gradient<1>(t, u, last, r, j);
       }
     }
-    Base::reduce(t.sums, count, t.products);
+    for (int64_t i = 0; i < count; ++i) t.products[i] = V::sum(V::load(t.sums + i * kLanes));
   }
 };
 

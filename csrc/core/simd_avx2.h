@@ -35,6 +35,11 @@ struct Avx2 {
   static SPIN_INLINE F sub(F a, F b) { return _mm256_sub_ps(a, b); }
   static SPIN_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static SPIN_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
+  static SPIN_INLINE float sum(F x) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
   static SPIN_INLINE F abs(F x) { return _mm256_andnot_ps(set(-0.f), x); }
   static SPIN_INLINE F copysign(F magnitude, F sign) {
     return _mm256_or_ps(magnitude, _mm256_and_ps(sign, set(-0.f)));  // magnitude >= 0

@@ -30,6 +30,7 @@ struct Avx512 {
   static SPIN_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
   static SPIN_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static SPIN_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static SPIN_INLINE float sum(F x) { return _mm512_reduce_add_ps(x); }
   static SPIN_INLINE F abs(F x) { return _mm512_abs_ps(x); }
   static SPIN_INLINE F copysign(F magnitude, F sign) {
     return _mm512_or_ps(magnitude, _mm512_and_ps(sign, _mm512_set1_ps(-0.f)));  // magnitude >= 0

@@ -32,6 +32,7 @@ struct Portable {
   static SPIN_INLINE F sub(F a, F b) { return a - b; }
   static SPIN_INLINE F mul(F a, F b) { return a * b; }
   static SPIN_INLINE F div(F a, F b) { return a / b; }
+  static SPIN_INLINE float sum(F x) { return (x[0] + x[2]) + (x[1] + x[3]); }
   static SPIN_INLINE F abs(F x) { return (F)((I)x & 0x7fffffff); }
   static SPIN_INLINE F copysign(F magnitude, F sign) { return (F)((I)magnitude | ((I)sign & INT32_MIN)); }
   static SPIN_INLINE F where_positive(F x, F value) { return x <= 0.f ? zero() : value; }  // 0 where x <= 0

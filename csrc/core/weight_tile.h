@@ -1,4 +1,4 @@
-// What the kernels that make weights share: parts of vectors, sums over lanes.
+// What the kernels that make weights share: parts of vectors.
 #pragma once
 #include <type_traits>
 
@@ -31,14 +31,6 @@ struct WeightTile {
   // Values of a row before the first whole vector that may go past the caches.
   static SPIN_INLINE int64_t before_stream(const char* to, int64_t columns) {
     return smaller(-reinterpret_cast<intptr_t>(to) / kBytes & (kLanes - 1), columns);
-  }
-
-  // The totals of `count` vectors.
-  static SPIN_INLINE void reduce(const float* sums, int64_t count, double* totals) {
-    for (int64_t i = 0; i < count; ++i) {
-      totals[i] = 0;
-      for (int64_t lane = 0; lane < kLanes; ++lane) totals[i] += sums[i * kLanes + lane];
-    }
   }
 };
 
