@@ -122,16 +122,15 @@ struct Compose : WeightTile<V, kType> {
         return Base::before_stream(user.data + r * user.pitch * kBytes, t.columns);
       };
       j = begin(0);
-      bool together = true;
-      for (int w = 1; w < kWide; ++w) together = together && begin(w) == j;
-      for (int w = 0; w < kWide; ++w) {
+      if constexpr (kWide > 1) {
+        bool together = true;
+        for (int w = 1; w < kWide; ++w) together = together && begin(w) == j;
         if (!together) {
-          row<1, true>(t, u + w, r);
-        } else if (j > 0) {
-          if (w == 0) combine<kWide, 1, false>(t, u, r, 0, j);
+          for (int w = 0; w < kWide; ++w) row<1, true>(t, u + w, r);
+          return;
         }
       }
-      if (!together) return;
+      if (j > 0) combine<kWide, 1, false>(t, u, r, 0, j);
     }
     constexpr int64_t step = kVectors * kLanes;
     for (; j + step <= t.columns; j += step) {
@@ -142,13 +141,11 @@ struct Compose : WeightTile<V, kType> {
       }
       combine<kWide, kVectors, kStream>(t, u, r, j);
     }
-    for (; j < t.columns; j += kLanes) {
-      combine<kWide, 1, false>(t, u, r, j, t.columns - j);
-    }
+    for (; j < t.columns; j += kLanes) combine<kWide, 1, false>(t, u, r, j, t.columns - j);
   }
 
   template <int kWide>
-  static void rows(const ComposeTile& t, int64_t u) {
+  static void all_rows(const ComposeTile& t, int64_t u) {
     for (int64_t r = 0; r < t.rows; ++r) {
       if (kType == DType::kFloat32 && t.stream) {
         row<kWide, kType == DType::kFloat32>(t, u, r);
@@ -164,7 +161,7 @@ struct Compose : WeightTile<V, kType> {
     if constexpr (kWide > 1) {
       if (wide < kWide) return some_rows<kWide - 1>(t, u, wide);
     }
-    rows<kWide>(t, u);
+    all_rows<kWide>(t, u);
   }
 
   static void forward(const ComposeTile& t) {
