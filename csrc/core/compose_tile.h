@@ -15,7 +15,7 @@
 //   Zen 4, two cores on one complex, and on two, whose memory is half as fast again:
 //     forward, users one at a time                      1.0 to 1.3    1.05 to 1.65
 //              users up to four at a time               1.0 to 1.08   1.0 to 1.26
-//     backward, users two at a time, all templates held 1.0 to 1.1    1.02 to 1.14
+//     backward, users two at a time, all templates held 1.0 to 1.1    1.0 to 1.16
 //              bursts asked for into L1, not L2         1.16 to 1.3   (its L1 waits for few lines at a time)
 //              and a user's own lines into L1, 768 bytes ahead  0.98 to 1.03  0.97 to 1.05
 //              sums written line by line while the next tile is read  1.1 to 1.14
