@@ -135,6 +135,18 @@ def test_long_streams(into: int, isa: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @every_isa
+@pytest.mark.parametrize(("layers", "rows", "into"), [(3, 640, 128), (12, 641, 121)])
+def test_long_streams_of_the_banks_gradient(
+    layers: int, rows: int, into: int, isa: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bank of more than those 8 MB; gradients of all templates begin at the same place of a line, or anywhere."""
+    monkeypatch.setenv("SPIN_CPU_ISA", isa)
+    arguments = nested_layers(3, layers, rows, into)
+    assert arguments["bank"].numel() * 4 > 8 << 20
+    assert_right(arguments, torch.randn_like(COMPOSE(**arguments)))
+
+
+@every_isa
 def test_any_number_of_users_and_templates(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels take both in groups."""
     monkeypatch.setenv("SPIN_CPU_ISA", isa)

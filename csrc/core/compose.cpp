@@ -12,10 +12,9 @@
 namespace spin {
 namespace {
 
-// A tile's templates, near L1 (48 KB, or 32) while its users are made; backward those held at a time and their
-// gradients, in L1 itself: 18 and 32 KB took 0.97 to 1.04 of the time. Forward, with users one at a time, half as many
-// took 1.18 with six templates, which left each 4 KB at a time.
-constexpr int64_t kForwardBytes = 48 << 10, kBackwardBytes = 24 << 10;
+// Forward a tile's templates, near L1 (48 KB, or 32) while its users are made; with users one at a time, half as many
+// took 1.18 with six templates, which left each 4 KB at a time. Backward the longest bursts, whatever there is of them.
+constexpr int64_t kForwardBytes = 48 << 10;
 constexpr int64_t kLeastColumns = 256, kMostColumns = 4096;  // below, starts of streams; above, few tiles
 constexpr int64_t kZeroElements = 1 << 18;                   // of a gradient, filled at a time
 
@@ -117,9 +116,8 @@ std::vector<Composition::Tile> Composition::tiles(bool backward) const {
   std::vector<Tile> tiles;
   int64_t products = 0;
   for (const Window& w : windows_) {
-    const int64_t held = backward ? 2 * std::min(w.templates, kHeldTemplates) : w.templates;
-    const int64_t values = (backward ? kBackwardBytes : kForwardBytes) / 4 / held;
-    const int64_t most = std::clamp(values / 64 * 64, kLeastColumns, kMostColumns);
+    const int64_t fitting = kForwardBytes / 4 / w.templates / 64 * 64;
+    const int64_t most = backward ? kMostColumns : std::clamp(fitting, kLeastColumns, kMostColumns);
     for (const Cell& cell : w.cells) {
       const int64_t columns = round_up(ceil_div(cell.run, ceil_div(cell.run, most)), 64),
                     rows = std::max<int64_t>(1, most / cell.run);
@@ -152,7 +150,7 @@ void Composition::lay_out() {
   }
   for (const Tile& tile : backward_) {
     const int64_t area = tile.rows * round_up(tile.columns, kVector);
-    scratch_floats_ = std::max(scratch_floats_, 2 * std::min(tile.window->templates, kHeldTemplates) * area);
+    scratch_floats_ = std::max(scratch_floats_, std::min(tile.window->templates, kHeldTemplates) * area);
     products_count_ += tile.products_count();
   }
 }
@@ -171,7 +169,6 @@ ComposeTile Composition::open(const Tile& tile, DType type, const char* bank, co
   opened.stride = w.stride, opened.templates = w.templates;
   opened.rows = tile.rows, opened.columns = tile.columns, opened.pitch = w.pitch;
   opened.users = users.data(), opened.users_count = int64_t(users.size());
-  opened.ask_into_l2 = cpu_features().few_l1_misses;
   return opened;
 }
 
@@ -190,6 +187,7 @@ void Composition::run(const Kernels& kernels, DType type, const char* bank, cons
     team.phase(thread, int64_t(forward_.size()), [&](int64_t item) {
       ComposeTile tile = open(forward_[item], type, bank, coefficients, weights, users);
       tile.stream = type == DType::kFloat32 && numel() * 4 > kStreamBytes;
+      tile.ask_into_l2 = cpu_features().few_l1_misses;
       kernels.compose(tile);
     });
   });
@@ -228,6 +226,7 @@ void Composition::backward(const Kernels& kernels, DType type, const std::vector
           tile.bank_gradient = bank_gradient + backward_[i].offset();
           tile.first = written(*backward_[i].window);
           tile.stream = bank_elements * 4 > kStreamBytes;
+          tile.ask_into_l2 = true;
           tile.scratch = reinterpret_cast<float*>(tile_memory.data()), tile.products = products + backward_[i].products;
           kernels.compose_gradient(tile);
         }

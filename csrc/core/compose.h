@@ -3,8 +3,8 @@
 //   result[layer l; out_offset + o, in_offset + i, tap] =
 //       sum_k coefficients[coefficient + k] * bank[base + k * stride + (o * row + i) * taps + tap]
 //
-// Pieces that read the same templates (a bank and the layers that share it) form a *window*: it is cut into tiles that
-// stay in L1 with all their templates, and a tile serves all its users before the next one is read. So the bank and the
+// Pieces that read the same templates (a bank and the layers that share it) form a *window*: it is cut into tiles,
+// and a tile serves all its users, from caches, before the next one is read. So the bank and the
 // result pass through memory once, and so do, backward, the result's gradient and the bank's: the floor.
 // Cost: 2 * templates operations per element of the result forward, 4 backward.
 //

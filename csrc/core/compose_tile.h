@@ -4,32 +4,27 @@
 // L2 once; results of a large call are streamed past the caches, where a plain store would first read the line that it
 // replaces.
 //
-// Backward packs as many templates as registers have room for into scratch, next to sums for their gradients, and walks
-// the users in groups: their gradients go into a sum per template in L1, times the templates into products in
-// registers. The sums then go to the bank's gradient. Other templates follow, with the users' gradients in L2.
+// Backward, a vector of several users' gradients goes into the sums for several templates' gradients and, times the
+// templates, into products, all in registers: up to three templates, and as many users as there is then room for. If
+// those are all, nothing is read or written twice. Else sums wait in scratch for more users, and users' gradients in L2
+// for more templates.
 //
-// So memory sees bursts, a template's or a user's part of the tile each, and every burst asks for what comes after it;
-// while results are written, that is the next tile's templates. Time of what is left out or done otherwise, for
-// WRN-28-10 at 10 to 100 % of its parameters (this order: 1):
+// So memory sees bursts, a template's or a user's part of the tile each, and every burst asks for one that comes later.
+// Time of what is left out or done otherwise, for WRN-28-10 at 10 to 100 % of its parameters (this order: 1):
 //
 //   Zen 4, two cores on one complex, and on two, whose memory is half as fast again:
-//     forward, users one at a time                      1.0 to 1.3    1.05 to 1.65
-//              users up to four at a time               1.0 to 1.08   1.0 to 1.26
-//     backward, users two at a time, all templates held 1.0 to 1.1    1.0 to 1.16
-//              bursts asked for into L1, not L2         1.16 to 1.3   (its L1 waits for few lines at a time)
-//              and a user's own lines into L1, 768 bytes ahead  0.98 to 1.03  0.97 to 1.05
-//              sums written line by line while the next tile is read  1.1 to 1.14
-//   Zen 5 (against users one at a time forward and two backward):
-//     forward, nothing asked for                        1.02 to 1.12
-//     backward, users one at a time 1.06 to 1.09, nothing asked for during writes 1.08 to 1.2; a vector of every user
-//     at a time, with lines 1 KB ahead, 1.0 to 1.12 (in huge pages 1.0 to 1.16: strides of weights are often multiples
-//     of 64 KB, and many streams then fight for one set of L1 and of L2)
+//     forward, users one at a time                                1.0 to 1.3    1.05 to 1.65
+//              users up to four at a time                         1.0 to 1.08   1.0 to 1.26
+//     backward, tiles in L1: templates packed, sums beside them   1.1 to 1.23   1.24 to 1.49
+//              users up to four at a time                         1.02 to 1.12  1.1 to 1.26
+//              bursts of 4 to 6 KB                                1.03 to 1.04  1.05 to 1.09
+//              and a user's own lines into L1, 512 bytes ahead    1.0 to 1.01   0.98 to 1.03
+//     AVX2 forced, backward, tiles in L1 with two users at a time 1.0 to 1.15   1.12
+//   Zen 5: forward, nothing asked for                             1.02 to 1.12
 //
 // Cost: one multiply-add per template and vector forward, two backward.
 // Numerics: float32 sums in a tile, double across tiles.
 #pragma once
-#include <cstring>
-
 #include "weight_tile.h"
 
 namespace spin {
@@ -41,9 +36,14 @@ struct Compose : WeightTile<V, kType> {
   using Base::kLanes, Base::kBytes, Base::load, Base::load_part, Base::store_part;
   using typename Base::F;
   static constexpr int kVectors = 128 / (kLanes * sizeof(float));  // forward: two lines
-  // At a time, by registers: users forward; users and templates backward.
-  static constexpr int kResults = 12 / kVectors;
-  static constexpr int kUsers = kLanes == 16 ? 4 : 2, kTemplates = kLanes == 16 ? kHeldTemplates : 2;
+  static constexpr int kResults = 12 / kVectors;                   // forward: users at a time
+  static constexpr int kRegisters = kLanes == 16 ? 28 : 12;        // backward: all but four
+  static constexpr int kTemplates = kHeldTemplates, kUsers = 7;    // at a time, at most
+
+  // Users at a time with so many templates, by what is in registers: products and gradients.
+  static constexpr int most_users(int64_t templates) {
+    return int(Base::smaller(kRegisters / (templates + 1), kUsers));
+  }
 
   // A part of a template or of a user's gradient, as large as the tile.
   struct Burst {
@@ -171,149 +171,133 @@ struct Compose : WeightTile<V, kType> {
     }
   }
 
-  static int64_t width_of(const ComposeTile& t) { return round_up(t.columns, kLanes); }  // of a row of scratch
-  // Of template number i of those in scratch; their gradients come after them.
-  static float* packed(const ComposeTile& t, int64_t i) { return t.scratch + i * t.rows * width_of(t); }
+  // ---- backward ----
 
-  static void pack(const ComposeTile& t, int64_t i, Burst own, Burst next) {
-    const int64_t width = width_of(t), step = 2 * kLanes * kBytes;
-    for (int64_t r = 0; r < t.rows; ++r) {
-      const char* from = own.at(r, 0);
-      float* to = packed(t, i) + r * width;
-      int64_t j = 0;
-      for (; j + 2 * kLanes <= t.columns; j += 2 * kLanes, from += step) {
-        next.prefetch(r, j, 2 * kLanes);
-        V::store(to + j, load(from)), V::store(to + j + kLanes, load(from + step / 2));
-      }
-      for (; j < width; j += kLanes, from += step / 2) {
-        V::store(to + j, j < t.columns ? load_part(from, t.columns - j) : V::zero());
-      }
+  // What a tile reads, one burst after the other: the templates taken first, the users, the other templates, and then
+  // the same of the next tile.
+  static SPIN_INLINE Burst burst(const ComposeTile& t, int64_t number, int64_t first) {
+    const int64_t all = t.templates + t.users_count;
+    const bool next = number >= all;
+    if (next) number -= all;
+    const int64_t user = number - first;
+    const Burst burst = user < 0               ? template_of(t, number)
+                        : user < t.users_count ? gradient_of(t, user)
+                                               : template_of(t, number - t.users_count);
+    return next ? beyond(t, burst) : burst;
+  }
+
+  // Sums for the gradients of templates, from where the tile begins.
+  struct Sums {
+    float* data;
+    int64_t stride, pitch;  // from template to template, from row to row
+    SPIN_INLINE char* at(int64_t i, int64_t row, int64_t column) const {
+      return reinterpret_cast<char*>(data + i * stride + row * pitch + column);
     }
-  }
+  };
 
-  // What burst number n asks for, where users come first, then the sums that are written: what is read kUsers later,
-  // templates that are not among the first ones, and then the next tile.
-  static SPIN_INLINE Burst after(const ComposeTile& t, int64_t n) {
-    const int64_t first = share(t.templates, kTemplates);
-    n += Base::smaller(kUsers, t.users_count);
-    if (n < t.users_count) return gradient_of(t, n);
-    n += first - t.users_count;
-    if (n < t.templates) return template_of(t, n);
-    n -= t.templates;
-    return beyond(t, n < first ? template_of(t, n) : gradient_of(t, n - first));
-  }
-
-  // kCount templates from number k and kWide users from number u: the products of their gradients with the templates,
-  // and what they add to the templates' gradients.
-  template <int kWide, int kCount, bool kFirst>
-  static SPIN_INLINE void gradients(const ComposeTile& t, int64_t u, int64_t k) {
-    const int64_t width = width_of(t), area = t.rows * width;
-    const float* templates = packed(t, 0);
-    float* sums = packed(t, kCount);
-    Burst own[kWide], next[kWide];
-    F product[kWide][kCount], weight[kWide][kCount];
-#pragma GCC unroll 4
+  // The products of kWide users' gradients, from number u, with kCount templates, from number k, and what they add to
+  // the templates' gradients. `first` templates are taken first; what is read `lag` bursts later is asked for.
+  template <int kWide, int kCount>
+  static void gradients(const ComposeTile& t, int64_t u, int64_t k, int64_t first, int64_t lag) {
+    constexpr int64_t kLine = 64 / kBytes;
+    const bool begins = u == 0, ends = u + kWide == t.users_count;
+    const bool zero = t.first && begins, stream = t.first && t.stream && ends;
+    const int64_t width = round_up(t.columns, kLanes);
+    const Sums bank{t.bank_gradient + k * t.stride, t.stride, t.pitch}, scratch{t.scratch, t.rows * width, width};
+    const Sums from = t.first ? scratch : bank, to = t.first && !ends ? scratch : bank;
+    Burst templates[kCount], users[kWide], later_templates[kCount], later_users[kWide];
+    const float* weights[kWide];
+    F product[kWide][kCount];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      templates[i] = template_of(t, k + i);
+      later_templates[i] = burst(t, (k == 0 ? 0 : t.users_count) + k + i + lag, first);
+    }
+#pragma GCC unroll 8
     for (int w = 0; w < kWide; ++w) {
-      own[w] = gradient_of(t, u + w), next[w] = k == 0 ? after(t, u + w) : own[w];
-#pragma GCC unroll 4
-      for (int i = 0; i < kCount; ++i) {
-        product[w][i] = V::zero(), weight[w][i] = V::set(t.users[u + w].coefficients[k + i]);
-      }
+      users[w] = gradient_of(t, u + w), weights[w] = t.users[u + w].coefficients + k;
+      later_users[w] = burst(t, first + u + w + lag, first);
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) product[w][i] = V::zero();
     }
-    auto add = [&](const F(&g)[kWide], int64_t at) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kCount; ++i) {
-        const int64_t place = i * area + at;
-        const F x = V::load(templates + place);
-        F sum = kFirst ? V::mul(weight[0][i], g[0]) : V::fma(weight[0][i], g[0], V::load(sums + place));
-#pragma GCC unroll 4
-        for (int w = 0; w < kWide; ++w) {
-          if (w > 0) sum = V::fma(weight[w][i], g[w], sum);
-          product[w][i] = V::fma(g[w], x, product[w][i]);
-        }
-        V::store(sums + place, sum);
-      }
-    };
-    F g[kWide];
     for (int64_t r = 0; r < t.rows; ++r) {
+      auto step = [&](auto whole, int64_t j, int64_t count) __attribute__((always_inline)) {
+        constexpr bool kWhole = decltype(whole)::value;
+        auto load_at = [&](const Burst& burst) __attribute__((always_inline)) {
+          return kWhole ? load(burst.at(r, j)) : load_part(burst.at(r, j), count);
+        };
+        F g[kWide];
+#pragma GCC unroll 8
+        for (int w = 0; w < kWide; ++w) g[w] = load_at(users[w]);
+#pragma GCC unroll 8
+        for (int i = 0; i < kCount; ++i) {
+          const F x = load_at(templates[i]);
+          F sum = zero     ? V::zero()
+                  : kWhole ? V::load(from.at(i, r, j))
+                           : load_part(from.at(i, r, j), count, DType::kFloat32);
+#pragma GCC unroll 8
+          for (int w = 0; w < kWide; ++w) {
+            sum = V::fma(V::set(weights[w][i]), g[w], sum);
+            product[w][i] = V::fma(g[w], x, product[w][i]);
+          }
+          if (!kWhole) {
+            store_part(to.at(i, r, j), sum, count, DType::kFloat32);
+          } else if (stream) {
+            V::stream(to.at(i, r, j), sum);
+          } else {
+            V::store(to.at(i, r, j), sum);
+          }
+        }
+      };
       int64_t j = 0;
+      if (stream) {  // whole lines only
+        j = Floats::before_stream(to.at(0, r, 0), t.columns);
+        if (j > 0) step(std::false_type(), 0, j);
+      }
       for (; j + kLanes <= t.columns; j += kLanes) {
-#pragma GCC unroll 4
-        for (int w = 0; w < kWide; ++w) {
-          next[w].prefetch(r, j, kLanes);
-          g[w] = load(own[w].at(r, j));
+        if (j % kLine < kLanes) {
+          if (begins) {
+#pragma GCC unroll 8
+            for (int i = 0; i < kCount; ++i) later_templates[i].prefetch(r, j, kLine);
+          }
+          if (k == 0) {
+#pragma GCC unroll 8
+            for (int w = 0; w < kWide; ++w) later_users[w].prefetch(r, j, kLine);
+          }
         }
-        add(g, r * width + j);
+        step(std::true_type(), j, kLanes);
       }
-      if (const int64_t left = t.columns - j; left > 0) {
-#pragma GCC unroll 4
-        for (int w = 0; w < kWide; ++w) g[w] = load_part(own[w].at(r, j), left);
-        add(g, r * width + j);
-      }
+      if (j < t.columns) step(std::false_type(), j, t.columns - j);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int w = 0; w < kWide; ++w) {
-#pragma GCC unroll 4
-      for (int i = 0; i < kCount; ++i) {
-        t.products[(u + w) * t.templates + k + i] = V::sum(product[w][i]);
-      }
+#pragma GCC unroll 8
+      for (int i = 0; i < kCount; ++i) t.products[(u + w) * t.templates + k + i] = V::sum(product[w][i]);
     }
   }
 
   // `wide` users and `count` templates, kWide and kCount or fewer.
-  template <int kWide = kUsers, int kCount = kTemplates>
-  static SPIN_INLINE void some(const ComposeTile& t, int64_t u, int64_t wide, int64_t k, int64_t count) {
-    if constexpr (kWide > 1) {
-      if (wide < kWide) return some<kWide - 1, kCount>(t, u, wide, k, count);
-    }
+  template <int kCount = kTemplates, int kWide = most_users(kCount)>
+  static SPIN_INLINE void some(int64_t wide, int64_t count, const ComposeTile& t, int64_t u, int64_t k, int64_t first,
+                               int64_t lag) {
     if constexpr (kCount > 1) {
-      if (count < kCount) return some<kWide, kCount - 1>(t, u, wide, k, count);
+      if (count < kCount) return some<kCount - 1>(wide, count, t, u, k, first, lag);
     }
-    if (u == 0) {
-      gradients<kWide, kCount, true>(t, u, k);
-    } else {
-      gradients<kWide, kCount, false>(t, u, k);
+    if constexpr (kWide > 1) {
+      if (wide < kWide) return some<kCount, kWide - 1>(wide, count, t, u, k, first, lag);
     }
-  }
-
-  // Row r of template k's sums into the bank's gradient.
-  static SPIN_INLINE void put(const ComposeTile& t, int64_t k, const float* from, int64_t r, Burst next) {
-    float* to = t.bank_gradient + k * t.stride + r * t.pitch;
-    auto bytes = [&](int64_t j) { return reinterpret_cast<char*>(to + j); };
-    int64_t j = 0;
-    if (t.first && t.stream) {  // whole lines only
-      j = Floats::before_stream(bytes(0), t.columns);
-      std::memcpy(to, from, j * sizeof(float));
-      for (; j + kLanes <= t.columns; j += kLanes) {
-        next.prefetch(r, j, kLanes);
-        V::stream(bytes(j), V::load(from + j));
-      }
-    }
-    if (t.first) {
-      std::memcpy(to + j, from + j, (t.columns - j) * sizeof(float));
-    } else {
-      for (; j < t.columns; j += kLanes) {
-        const int64_t left = t.columns - j;
-        const F before = load_part(bytes(j), left, DType::kFloat32);
-        store_part(bytes(j), V::add(before, V::load(from + j)), left, DType::kFloat32);
-      }
-    }
+    gradients<kWide, kCount>(t, u, k, first, lag);
   }
 
   static void backward(const ComposeTile& t) {
-    for (int64_t first = 0, count; first < t.templates; first += count) {
-      count = share(t.templates - first, kTemplates);
-      for (int64_t i = 0; i < count; ++i) {
-        pack(t, i, template_of(t, first + i), i + 1 < count ? template_of(t, first + i + 1) : gradient_of(t, 0));
-      }
+    // Templates whose gradients' lines begin in different places are streamed one after the other.
+    const int64_t most = t.first && t.stream && t.stride % kLanes ? 1 : kTemplates;
+    const int64_t first = share(t.templates, most), lag = first + share(t.users_count, most_users(first));
+    for (int64_t k = 0, count; k < t.templates; k += count) {
+      count = share(t.templates - k, most);
       for (int64_t u = 0, wide; u < t.users_count; u += wide) {
-        wide = share(t.users_count - u, kUsers);
-        some(t, u, wide, first, count);
-      }
-      for (int64_t i = 0; i < count; ++i) {  // one template after the other: windows may overlap
-        const float* sums = packed(t, count + i);
-        const Burst next = after(t, t.users_count + first + i);
-        for (int64_t r = 0; r < t.rows; ++r) put(t, first + i, sums + r * width_of(t), r, next);
+        wide = share(t.users_count - u, most_users(count));
+        some(wide, count, t, u, k, first, lag);
       }
     }
   }

@@ -215,7 +215,7 @@ struct ComposeUser {
   int64_t pitch;
   const float* coefficients;  // one per template
 };
-constexpr int64_t kHeldTemplates = 3;  // of a tile, backward at a time: the most that registers have room for
+constexpr int64_t kHeldTemplates = 3;  // of a tile, backward at a time: with some users as many as registers hold
 struct ComposeTile {
   const char* bank;  // the first template, where the tile begins
   DType type;
@@ -228,7 +228,7 @@ struct ComposeTile {
   // Backward.
   float* bank_gradient;  // like `bank`
   bool first;            // it is written, else added to
-  float* scratch;        // twice as many of the tile's templates as are held at a time, in rows of whole vectors
+  float* scratch;        // as many of the tile's templates as are taken at a time, in rows of whole vectors
   double* products;      // <gradient, template>: [user][template]
 };
 

@@ -11,7 +11,7 @@ struct WeightTile {
   using F = typename V::F;
   static constexpr int64_t kLanes = V::kLanes, kBytes = size_of(kType);
 
-  static SPIN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+  static constexpr SPIN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
   static SPIN_INLINE F load(const char* from) { return V::load_as(from, kType); }
   // The first `count` values, zeros after them.
