@@ -119,11 +119,11 @@ std::vector<Composition::Tile> Composition::tiles(bool backward) const {
     const int64_t fitting = kForwardBytes / 4 / w.templates / 64 * 64;
     const int64_t most = backward ? kMostColumns : std::clamp(fitting, kLeastColumns, kMostColumns);
     for (const Cell& cell : w.cells) {
-      const int64_t columns = round_up(ceil_div(cell.run, ceil_div(cell.run, most)), 64),
-                    rows = std::max<int64_t>(1, most / cell.run);
       // Backward the others begin with lines of the bank's gradient, which goes past the caches: 0.8 to 0.95 of
       // the time.
-      const int64_t first = columns - (backward ? cell.base % 16 : 0);
+      const int64_t missing = backward ? cell.base % 16 : 0;  // of the first one's first line
+      const int64_t columns = round_up(ceil_div(cell.run + missing, ceil_div(cell.run, most)), 64);
+      const int64_t first = columns - missing, rows = std::max<int64_t>(1, most / cell.run);
       for (int64_t row = 0; row < cell.rows; row += rows) {
         for (int64_t column = 0, next = first; column < cell.run; column = next, next += columns) {
           const int64_t height = std::min(rows, cell.rows - row), width = std::min(next, cell.run) - column;

@@ -15,11 +15,12 @@
 //   Zen 4, two cores on one complex, and on two, whose memory is half as fast again:
 //     forward, users one at a time                                1.0 to 1.3    1.05 to 1.65
 //              users up to four at a time                         1.0 to 1.08   1.0 to 1.26
-//     backward, tiles in L1: templates packed, sums beside them   1.1 to 1.23   1.24 to 1.49
+//     backward, tiles in L1: templates packed, sums beside them   1.14 to 1.3   1.34 to 1.48
 //              users up to four at a time                         1.02 to 1.12  1.1 to 1.26
+//              all gradients in registers, then all sums          1.0 to 1.02   1.02 to 1.06
 //              bursts of 4 to 6 KB                                1.03 to 1.04  1.05 to 1.09
 //              and a user's own lines into L1, 512 bytes ahead    1.0 to 1.01   0.98 to 1.03
-//     AVX2 forced, backward, tiles in L1 with two users at a time 1.0 to 1.15   1.12
+//     AVX2 forced, backward, tiles in L1 with two users at a time 1.0 to 1.2    1.1
 //   Zen 5: forward, nothing asked for                             1.02 to 1.12
 //
 // Cost: one multiply-add per template and vector forward, two backward.
@@ -37,13 +38,9 @@ struct Compose : WeightTile<V, kType> {
   using typename Base::F;
   static constexpr int kVectors = 128 / (kLanes * sizeof(float));  // forward: two lines
   static constexpr int kResults = 12 / kVectors;                   // forward: users at a time
-  static constexpr int kRegisters = kLanes == 16 ? 28 : 12;        // backward: all but four
-  static constexpr int kTemplates = kHeldTemplates, kUsers = 7;    // at a time, at most
-
-  // Users at a time with so many templates, by what is in registers: products and gradients.
-  static constexpr int most_users(int64_t templates) {
-    return int(Base::smaller(kRegisters / (templates + 1), kUsers));
-  }
+  // Backward: templates at a time, and as many users as leave room beside their products.
+  static constexpr int kTemplates = kHeldTemplates, kProducts = kLanes == 16 ? 24 : 10, kUsers = 12;
+  static constexpr int most_users(int64_t templates) { return int(Base::smaller(kProducts / templates, kUsers)); }
 
   // A part of a template or of a user's gradient, as large as the tile.
   struct Burst {
@@ -84,10 +81,10 @@ struct Compose : WeightTile<V, kType> {
     const char* from = t.bank + (r * t.pitch + j) * kBytes;
     F sum[kWide][kCount];
     auto add = [&](int64_t k, bool first) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < kCount; ++v) {
         const F x = kCount == 1 ? load_part(from, part) : load(from + v * step);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int w = 0; w < kWide; ++w) {
           const F weight = V::set(users[w].coefficients[k]);
           sum[w][v] = first ? V::mul(weight, x) : V::fma(weight, x, sum[w][v]);
@@ -96,10 +93,10 @@ struct Compose : WeightTile<V, kType> {
     };
     add(0, true);
     for (int64_t k = 1; k < t.templates; ++k) from += t.stride * kBytes, add(k, false);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int w = 0; w < kWide; ++w) {
       char* to = users[w].data + (r * users[w].pitch + j) * kBytes;
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < kCount; ++v) {
         if constexpr (kStream) {
           V::stream(to + v * step, sum[w][v]);
@@ -208,16 +205,16 @@ struct Compose : WeightTile<V, kType> {
     Burst templates[kCount], users[kWide], later_templates[kCount], later_users[kWide];
     const float* weights[kWide];
     F product[kWide][kCount];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) {
       templates[i] = template_of(t, k + i);
       later_templates[i] = burst(t, (k == 0 ? 0 : t.users_count) + k + i + lag, first);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int w = 0; w < kWide; ++w) {
       users[w] = gradient_of(t, u + w), weights[w] = t.users[u + w].coefficients + k;
       later_users[w] = burst(t, first + u + w + lag, first);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kCount; ++i) product[w][i] = V::zero();
     }
     for (int64_t r = 0; r < t.rows; ++r) {
@@ -226,26 +223,31 @@ struct Compose : WeightTile<V, kType> {
         auto load_at = [&](const Burst& burst) __attribute__((always_inline)) {
           return kWhole ? load(burst.at(r, j)) : load_part(burst.at(r, j), count);
         };
-        F g[kWide];
-#pragma GCC unroll 8
-        for (int w = 0; w < kWide; ++w) g[w] = load_at(users[w]);
-#pragma GCC unroll 8
+        F x[kCount], sum[kCount];
+#pragma GCC unroll 16
         for (int i = 0; i < kCount; ++i) {
-          const F x = load_at(templates[i]);
-          F sum = zero     ? V::zero()
-                  : kWhole ? V::load(from.at(i, r, j))
-                           : load_part(from.at(i, r, j), count, DType::kFloat32);
-#pragma GCC unroll 8
-          for (int w = 0; w < kWide; ++w) {
-            sum = V::fma(V::set(weights[w][i]), g[w], sum);
-            product[w][i] = V::fma(g[w], x, product[w][i]);
+          x[i] = load_at(templates[i]);
+          sum[i] = zero     ? V::zero()
+                   : kWhole ? V::load(from.at(i, r, j))
+                            : load_part(from.at(i, r, j), count, DType::kFloat32);
+        }
+#pragma GCC unroll 16
+        for (int w = 0; w < kWide; ++w) {
+          const F g = load_at(users[w]);
+#pragma GCC unroll 16
+          for (int i = 0; i < kCount; ++i) {
+            sum[i] = V::fma(V::set(weights[w][i]), g, sum[i]);
+            product[w][i] = V::fma(g, x[i], product[w][i]);
           }
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kCount; ++i) {
           if (!kWhole) {
-            store_part(to.at(i, r, j), sum, count, DType::kFloat32);
+            store_part(to.at(i, r, j), sum[i], count, DType::kFloat32);
           } else if (stream) {
-            V::stream(to.at(i, r, j), sum);
+            V::stream(to.at(i, r, j), sum[i]);
           } else {
-            V::store(to.at(i, r, j), sum);
+            V::store(to.at(i, r, j), sum[i]);
           }
         }
       };
@@ -257,11 +259,11 @@ struct Compose : WeightTile<V, kType> {
       for (; j + kLanes <= t.columns; j += kLanes) {
         if (j % kLine < kLanes) {
           if (begins) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int i = 0; i < kCount; ++i) later_templates[i].prefetch(r, j, kLine);
           }
           if (k == 0) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
             for (int w = 0; w < kWide; ++w) later_users[w].prefetch(r, j, kLine);
           }
         }
@@ -269,35 +271,37 @@ struct Compose : WeightTile<V, kType> {
       }
       if (j < t.columns) step(std::false_type(), j, t.columns - j);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int w = 0; w < kWide; ++w) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int i = 0; i < kCount; ++i) t.products[(u + w) * t.templates + k + i] = V::sum(product[w][i]);
     }
   }
 
-  // `wide` users and `count` templates, kWide and kCount or fewer.
+  // `count` templates and `wide` users, kCount and kWide or fewer.
   template <int kCount = kTemplates, int kWide = most_users(kCount)>
-  static SPIN_INLINE void some(int64_t wide, int64_t count, const ComposeTile& t, int64_t u, int64_t k, int64_t first,
+  static SPIN_INLINE void some(int64_t count, int64_t wide, const ComposeTile& t, int64_t u, int64_t k, int64_t first,
                                int64_t lag) {
     if constexpr (kCount > 1) {
-      if (count < kCount) return some<kCount - 1>(wide, count, t, u, k, first, lag);
+      if (count < kCount) return some<kCount - 1>(count, wide, t, u, k, first, lag);
     }
     if constexpr (kWide > 1) {
-      if (wide < kWide) return some<kCount, kWide - 1>(wide, count, t, u, k, first, lag);
+      if (wide < kWide) return some<kCount, kWide - 1>(count, wide, t, u, k, first, lag);
     }
     gradients<kWide, kCount>(t, u, k, first, lag);
   }
 
   static void backward(const ComposeTile& t) {
-    // Templates whose gradients' lines begin in different places are streamed one after the other.
-    const int64_t most = t.first && t.stream && t.stride % kLanes ? 1 : kTemplates;
+    // One template after the other where a vector of one's sums has some of the next one's, or where lines that go past
+    // the caches begin in different places.
+    const bool apart = t.stride >= kLanes && !(t.first && t.stream && t.stride % kLanes);
+    const int64_t most = apart ? kTemplates : 1;
     const int64_t first = share(t.templates, most), lag = first + share(t.users_count, most_users(first));
     for (int64_t k = 0, count; k < t.templates; k += count) {
       count = share(t.templates - k, most);
       for (int64_t u = 0, wide; u < t.users_count; u += wide) {
         wide = share(t.users_count - u, most_users(count));
-        some(wide, count, t, u, k, first, lag);
+        some(count, wide, t, u, k, first, lag);
       }
     }
   }

@@ -10,6 +10,7 @@ template <class V, DType kType>
 struct WeightTile {
   using F = typename V::F;
   static constexpr int64_t kLanes = V::kLanes, kBytes = size_of(kType);
+  static constexpr bool kMasks = requires { &V::load_first; };
 
   static constexpr SPIN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -17,12 +18,18 @@ struct WeightTile {
   // The first `count` values, zeros after them.
   static SPIN_INLINE F load_part(const char* from, int64_t count, DType type = kType) {
     if (count >= kLanes) return V::load_as(from, type);
+    if constexpr (kMasks) {
+      if (type == DType::kFloat32) return V::load_first(from, count);
+    }
     alignas(64) char values[kLanes * 4] = {};
     __builtin_memcpy(values, from, count * size_of(type));
     return V::load_as(values, type);
   }
   static SPIN_INLINE void store_part(char* to, F x, int64_t count, DType type = kType) {
     if (count >= kLanes) return V::store_as(to, type, x);
+    if constexpr (kMasks) {
+      if (type == DType::kFloat32) return V::store_first(to, x, count);
+    }
     alignas(64) char values[kLanes * 4];
     V::store_as(values, type, x);
     __builtin_memcpy(to, values, count * size_of(type));
