@@ -422,6 +422,14 @@ def test_a_copy_moves_the_least_bytes():
     assert errors_of(None, target) == {"error": None, "max_error": None}
 
 
+def test_a_share_of_a_copy_is_taken_round_by_round():
+    """Both are twice as fast in some rounds; their medians may then be of different ones."""
+    ours, copy = measured("spin", 2.0, bursts=[4.0, 2.0, 2.0]), measured("copy", 3.0, bursts=[3.0, 3.0, 1.5])
+    (line,) = report.beside_copies([ours, copy])
+    assert ", 75% of what Tensor.copy_" in line
+    assert report.in_turns(copy | {"bursts": [3.0]}, ours) == 0.75  # given up after a round
+
+
 def test_ceilings_are_no_peers(capsys):
     ceilings = [measured(name, ms, error=None, max_error=None) for name, ms in (("copy", 3.0), ("read", 2.0))]
     rows = report.finish([measured("spin", 4.0), measured("eager", 8.0), *ceilings], PEAKS)
@@ -432,5 +440,5 @@ def test_ceilings_are_no_peers(capsys):
     assert "eager*" in printed
     assert "copy*" not in printed
     assert "read*" not in printed
-    line = "tiny float32: 0.2 GB/s of its least bytes, 75% of what Tensor.copy_ reached in the same bursts; "
+    line = "tiny float32: 0.2 GB/s of its least bytes, 75% of what Tensor.copy_ reached in the same rounds of bursts; "
     assert line + "Tensor.sum of what it reads takes 50% of its time" in printed
