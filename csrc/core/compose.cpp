@@ -13,7 +13,8 @@ namespace spin {
 namespace {
 
 // Forward a tile's templates, near L1 (48 KB, or 32) while its users are made; with users one at a time, half as many
-// took 1.18 with six templates, which left each 4 KB at a time. Backward the longest bursts, whatever there is of them.
+// took 1.18 with six templates, which left each 4 KB at a time. Backward kMostColumns, however many templates and
+// users.
 constexpr int64_t kForwardBytes = 48 << 10;
 constexpr int64_t kLeastColumns = 256, kMostColumns = 4096;  // below, starts of streams; above, few tiles
 constexpr int64_t kZeroElements = 1 << 18;                   // of a gradient, filled at a time
@@ -226,7 +227,7 @@ void Composition::backward(const Kernels& kernels, DType type, const std::vector
           tile.bank_gradient = bank_gradient + backward_[i].offset();
           tile.first = written(*backward_[i].window);
           tile.stream = bank_elements * 4 > kStreamBytes;
-          tile.ask_into_l2 = true;
+          tile.ask_into_l2 = true;  // bursts are too long for L1
           tile.scratch = reinterpret_cast<float*>(tile_memory.data()), tile.products = products + backward_[i].products;
           kernels.compose_gradient(tile);
         }

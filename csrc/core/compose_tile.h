@@ -6,8 +6,8 @@
 //
 // Backward, a vector of several users' gradients goes into the sums for several templates' gradients and, times the
 // templates, into products, all in registers: up to three templates, and as many users as there is then room for. If
-// those are all, nothing is read or written twice. Else sums wait in scratch for more users, and users' gradients in L2
-// for more templates.
+// those are all, nothing is read or written twice. Else sums wait in scratch for more users (or in
+// the bank's gradient, where others have added to it before), and users' gradients in L2 for more templates.
 //
 // So memory sees bursts, a template's or a user's part of the tile each, and every burst asks for one that comes later.
 // Time of what is left out or done otherwise, for WRN-28-10 at 10 to 100 % of its parameters (this order: 1):
