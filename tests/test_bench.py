@@ -427,7 +427,7 @@ def test_a_share_of_a_copy_is_taken_round_by_round():
     ours, copy = measured("spin", 2.0, bursts=[4.0, 2.0, 2.0]), measured("copy", 3.0, bursts=[3.0, 3.0, 1.5])
     (line,) = report.beside_copies([ours, copy])
     assert ", 75% of what Tensor.copy_" in line
-    assert report.in_turns(copy | {"bursts": [3.0]}, ours) == 0.75  # given up after a round
+    assert report.relative_time(copy | {"bursts": [3.0]}, ours) == 0.75  # given up after a round
 
 
 def test_ceilings_are_no_peers(capsys):

@@ -174,16 +174,16 @@ def beside_copies(rows: list[dict]) -> list[str]:
         ours = min((row for row in group if row["provider"] in OURS), key=itemgetter("ms"), default=None)
         if ours and COPY in by_provider:
             rate = f"{ours['bytes'] / ours['ms'] / 1e6:.1f} GB/s of its least bytes"
-            share = in_turns(by_provider[COPY], ours)
+            share = relative_time(by_provider[COPY], ours)
             line = f"{net} {dtype}: {rate}, {share:.0%} of what Tensor.copy_ reached in the same rounds of bursts"
             for name, alone in ((WRITE, "fill_ of what it writes"), (READ, "sum of what it reads")):
                 if name in by_provider:
-                    line += f"; Tensor.{alone} takes {in_turns(by_provider[name], ours):.0%} of its time"
+                    line += f"; Tensor.{alone} takes {relative_time(by_provider[name], ours):.0%} of its time"
             lines.append(line)
     return lines
 
 
-def in_turns(row: dict, ours: dict) -> float:
+def relative_time(row: dict, ours: dict) -> float:
     """Its time / ours, the median of their rounds: memory may be half as fast again in some of them, for both."""
     return statistics.median(a / b for a, b in zip(row["bursts"], ours["bursts"], strict=False))
 

@@ -4,8 +4,8 @@
 //       sum_k coefficients[coefficient + k] * bank[base + k * stride + (o * row + i) * taps + tap]
 //
 // Pieces that read the same templates (a bank and the layers that share it) form a *window*: it is cut into tiles,
-// and a tile serves all its users, from caches, before the next one is read. So the bank and the
-// result pass through memory once, and so do, backward, the result's gradient and the bank's: the floor.
+// and a tile serves all its users, from caches, before the next one is read. So the bank and the result pass through
+// memory once, and so do, backward, the result's gradient and the bank's: the floor.
 // Cost: 2 * templates operations per element of the result forward, 4 backward.
 //
 // Backward gives every tile of a window to one thread. Windows that overlap (bases need not be multiples of anything)

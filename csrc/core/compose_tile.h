@@ -6,8 +6,8 @@
 //
 // Backward, a vector of several users' gradients goes into the sums for several templates' gradients and, times the
 // templates, into products, all in registers: up to three templates, and as many users as there is then room for. If
-// those are all, nothing is read or written twice. Else sums wait in scratch for more users (or in
-// the bank's gradient, where others have added to it before), and users' gradients in L2 for more templates.
+// those are all, nothing is read or written twice. Else sums wait in scratch for more users (or in the bank's gradient,
+// where others have added to it before), and users' gradients in L2 for more templates.
 //
 // So memory sees bursts, a template's or a user's part of the tile each, and every burst asks for one that comes later.
 // Time of what is left out or done otherwise, for WRN-28-10 at 10 to 100 % of its parameters (this order: 1):
@@ -81,10 +81,10 @@ struct Compose : WeightTile<V, kType> {
     const char* from = t.bank + (r * t.pitch + j) * kBytes;
     F sum[kWide][kCount];
     auto add = [&](int64_t k, bool first) __attribute__((always_inline)) {
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int v = 0; v < kCount; ++v) {
         const F x = kCount == 1 ? load_part(from, part) : load(from + v * step);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
         for (int w = 0; w < kWide; ++w) {
           const F weight = V::set(users[w].coefficients[k]);
           sum[w][v] = first ? V::mul(weight, x) : V::fma(weight, x, sum[w][v]);
@@ -93,10 +93,10 @@ struct Compose : WeightTile<V, kType> {
     };
     add(0, true);
     for (int64_t k = 1; k < t.templates; ++k) from += t.stride * kBytes, add(k, false);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
     for (int w = 0; w < kWide; ++w) {
       char* to = users[w].data + (r * users[w].pitch + j) * kBytes;
-#pragma GCC unroll 16
+#pragma GCC unroll 8
       for (int v = 0; v < kCount; ++v) {
         if constexpr (kStream) {
           V::stream(to + v * step, sum[w][v]);
@@ -172,11 +172,11 @@ struct Compose : WeightTile<V, kType> {
 
   // What a tile reads, one burst after the other: the templates taken first, the users, the other templates, and then
   // the same of the next tile.
-  static SPIN_INLINE Burst burst(const ComposeTile& t, int64_t number, int64_t first) {
+  static SPIN_INLINE Burst burst(const ComposeTile& t, int64_t number, int64_t at_first) {
     const int64_t all = t.templates + t.users_count;
     const bool next = number >= all;
     if (next) number -= all;
-    const int64_t user = number - first;
+    const int64_t user = number - at_first;
     const Burst burst = user < 0               ? template_of(t, number)
                         : user < t.users_count ? gradient_of(t, user)
                                                : template_of(t, number - t.users_count);
@@ -193,9 +193,9 @@ struct Compose : WeightTile<V, kType> {
   };
 
   // The products of kWide users' gradients, from number u, with kCount templates, from number k, and what they add to
-  // the templates' gradients. `first` templates are taken first; what is read `lag` bursts later is asked for.
+  // the templates' gradients. `at_first` templates are taken first; what is read `lag` bursts later is asked for.
   template <int kWide, int kCount>
-  static void gradients(const ComposeTile& t, int64_t u, int64_t k, int64_t first, int64_t lag) {
+  static void gradients(const ComposeTile& t, int64_t u, int64_t k, int64_t at_first, int64_t lag) {
     constexpr int64_t kLine = 64 / kBytes;
     const bool begins = u == 0, ends = u + kWide == t.users_count;
     const bool zero = t.first && begins, stream = t.first && t.stream && ends;
@@ -208,12 +208,12 @@ struct Compose : WeightTile<V, kType> {
 #pragma GCC unroll 16
     for (int i = 0; i < kCount; ++i) {
       templates[i] = template_of(t, k + i);
-      later_templates[i] = burst(t, (k == 0 ? 0 : t.users_count) + k + i + lag, first);
+      later_templates[i] = burst(t, (k == 0 ? 0 : t.users_count) + k + i + lag, at_first);
     }
 #pragma GCC unroll 16
     for (int w = 0; w < kWide; ++w) {
       users[w] = gradient_of(t, u + w), weights[w] = t.users[u + w].coefficients + k;
-      later_users[w] = burst(t, first + u + w + lag, first);
+      later_users[w] = burst(t, at_first + u + w + lag, at_first);
 #pragma GCC unroll 16
       for (int i = 0; i < kCount; ++i) product[w][i] = V::zero();
     }
@@ -280,15 +280,15 @@ struct Compose : WeightTile<V, kType> {
 
   // `count` templates and `wide` users, kCount and kWide or fewer.
   template <int kCount = kTemplates, int kWide = most_users(kCount)>
-  static SPIN_INLINE void some(int64_t count, int64_t wide, const ComposeTile& t, int64_t u, int64_t k, int64_t first,
-                               int64_t lag) {
+  static SPIN_INLINE void some(int64_t count, int64_t wide, const ComposeTile& t, int64_t u, int64_t k,
+                               int64_t at_first, int64_t lag) {
     if constexpr (kCount > 1) {
-      if (count < kCount) return some<kCount - 1>(count, wide, t, u, k, first, lag);
+      if (count < kCount) return some<kCount - 1>(count, wide, t, u, k, at_first, lag);
     }
     if constexpr (kWide > 1) {
-      if (wide < kWide) return some<kCount, kWide - 1>(count, wide, t, u, k, first, lag);
+      if (wide < kWide) return some<kCount, kWide - 1>(count, wide, t, u, k, at_first, lag);
     }
-    gradients<kWide, kCount>(t, u, k, first, lag);
+    gradients<kWide, kCount>(t, u, k, at_first, lag);
   }
 
   static void backward(const ComposeTile& t) {
@@ -296,12 +296,12 @@ struct Compose : WeightTile<V, kType> {
     // the caches begin in different places.
     const bool apart = t.stride >= kLanes && !(t.first && t.stream && t.stride % kLanes);
     const int64_t most = apart ? kTemplates : 1;
-    const int64_t first = share(t.templates, most), lag = first + share(t.users_count, most_users(first));
+    const int64_t at_first = share(t.templates, most), lag = at_first + share(t.users_count, most_users(at_first));
     for (int64_t k = 0, count; k < t.templates; k += count) {
       count = share(t.templates - k, most);
       for (int64_t u = 0, wide; u < t.users_count; u += wide) {
         wide = share(t.users_count - u, most_users(count));
-        some(count, wide, t, u, k, first, lag);
+        some(count, wide, t, u, k, at_first, lag);
       }
     }
   }

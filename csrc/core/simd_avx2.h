@@ -98,6 +98,7 @@ struct Avx2 {
     }
   }
 
+  static constexpr bool kHasMasks = false;    // of parts of vectors
   static constexpr bool kHasPermute = false;  // 8 entries are too few for the table of erf
 };
 

@@ -22,9 +22,10 @@ struct Avx512 {
   static SPIN_INLINE F load(const void* p) { return _mm512_loadu_ps(p); }
   static SPIN_INLINE void store(void* p, F x) { _mm512_storeu_ps(p, x); }
   // The first `count` lanes, zeros after them.
-  static SPIN_INLINE __mmask16 first(int64_t count) { return __mmask16((1u << count) - 1); }
-  static SPIN_INLINE F load_first(const void* p, int64_t count) { return _mm512_maskz_loadu_ps(first(count), p); }
-  static SPIN_INLINE void store_first(void* p, F x, int64_t count) { _mm512_mask_storeu_ps(p, first(count), x); }
+  static constexpr bool kHasMasks = true;
+  static SPIN_INLINE __mmask16 mask_of(int64_t count) { return __mmask16((1u << count) - 1); }
+  static SPIN_INLINE F load_first(const void* p, int64_t count) { return _mm512_maskz_loadu_ps(mask_of(count), p); }
+  static SPIN_INLINE void store_first(void* p, F x, int64_t count) { _mm512_mask_storeu_ps(p, mask_of(count), x); }
   // Past the caches; p is aligned. Others see it after the fence of a Team.
   static SPIN_INLINE void stream(void* p, F x) { _mm512_stream_ps(static_cast<float*>(p), x); }
   static SPIN_INLINE F broadcast(const void* unit) { return _mm512_set1_ps(*static_cast<const float*>(unit)); }

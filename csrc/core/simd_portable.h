@@ -66,6 +66,7 @@ struct Portable {
     for (int i = 0; i < 4; ++i) r[i] = t[i];
   }
 
+  static constexpr bool kHasMasks = false;
   static constexpr bool kHasPermute = false;
 };
 

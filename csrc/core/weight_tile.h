@@ -10,7 +10,6 @@ template <class V, DType kType>
 struct WeightTile {
   using F = typename V::F;
   static constexpr int64_t kLanes = V::kLanes, kBytes = size_of(kType);
-  static constexpr bool kMasks = requires { &V::load_first; };
 
   static constexpr SPIN_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -18,7 +17,7 @@ struct WeightTile {
   // The first `count` values, zeros after them.
   static SPIN_INLINE F load_part(const char* from, int64_t count, DType type = kType) {
     if (count >= kLanes) return V::load_as(from, type);
-    if constexpr (kMasks) {
+    if constexpr (V::kHasMasks) {
       if (type == DType::kFloat32) return V::load_first(from, count);
     }
     alignas(64) char values[kLanes * 4] = {};
@@ -27,7 +26,7 @@ struct WeightTile {
   }
   static SPIN_INLINE void store_part(char* to, F x, int64_t count, DType type = kType) {
     if (count >= kLanes) return V::store_as(to, type, x);
-    if constexpr (kMasks) {
+    if constexpr (V::kHasMasks) {
       if (type == DType::kFloat32) return V::store_first(to, x, count);
     }
     alignas(64) char values[kLanes * 4];
