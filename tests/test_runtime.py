@@ -155,6 +155,8 @@ QUARTERS: dict[str, dict[str, Any]] = {
     "four-cuts": {"C": 288, "H": 13, "W": 21, "k": 9, "D": 3, "pw_residual": True},
     "one-left-over": {"C": 320, "H": 12, "W": 12, "B": 3},
     "grouped": {"C": 288, "H": 7, "W": 9, "B": 5},
+    "grouped-residual": {"C": 288, "H": 7, "W": 9, "B": 5, "k": 5, "pw_residual": True, "S": 1},
+    "bands-residual": {"C": 288, "H": 79, "W": 17, "pw_residual": True, "activation": "relu"},
     "few-tokens": {"C": 288, "H": 5, "W": 6, "B": 7},
     "one-token": {"C": 288, "H": 1, "W": 1, "B": 2},
     "bands": {"C": 288, "H": 79, "W": 17, "D": 3},

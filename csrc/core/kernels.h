@@ -49,7 +49,6 @@ struct ProductTarget {
   int64_t residual_stride;
   char* output;  // first line, first token
   int64_t output_stride;
-  int64_t tokens;
   Activation activation;
   const char* prefetch;  // what this core reads next: prefetched meanwhile
   int64_t prefetch_bytes;
@@ -58,11 +57,18 @@ struct ProductTarget {
 // A product for a vector of output channels.
 struct ProductArgs {
   const char* panels;  // all tokens
+  int64_t tokens;
   int64_t input_channels;
   const char* weights;      // first row
   int64_t row_stride;       // bytes
   int64_t output_channels;  // at most a vector
   ProductTarget to;
+};
+
+// Tokens that lie together in a product's input and in its output.
+struct TokenSpan {
+  int64_t token, tokens;  // the first one's number in the input (and the residual); how many
+  int64_t output;         // bytes from the output's first token to the first of these
 };
 
 // A product for a panel of output channels and tokens as they are.
@@ -72,6 +78,8 @@ struct PanelProductArgs {
   int64_t input_channels;
   const char* input;     // first line, first token
   int64_t input_stride;  // bytes from one line to the next
+  const TokenSpan* spans;
+  int64_t spans_count;
   ProductTarget to;
   // One of several products that are added up: `from` plus this goes to `keep`, `base` plus this is finished. Null:
   // from zero, nowhere, from zero; what is kept and has no base is not finished. There a token has all vectors of the
@@ -82,7 +90,7 @@ struct PanelProductArgs {
   SPIN_INLINE bool finished() const { return base || !keep; }
 };
 
-struct TokenSumsArgs;  // strassen.h
+struct TokenQuartersArgs;  // strassen.h
 
 // Sizes with kernels of their own (depthwise.h).
 constexpr bool has_row_tiles(int64_t kernel_size) { return kernel_size >= 3 && kernel_size <= 9; }
@@ -266,8 +274,8 @@ struct Kernels {
   DType chain;         // element type of the activations between blocks
   DType operand = {};  // of matrices and panels
   void (*product)(const ProductArgs&) = nullptr;
-  void (*panel_product)(const PanelProductArgs&) = nullptr;  // null where operands are not the chain's
-  void (*token_sums)(const TokenSumsArgs&) = nullptr;        // likewise, and in float32 only
+  void (*panel_product)(const PanelProductArgs&) = nullptr;    // null where operands are not the chain's
+  void (*token_quarters)(const TokenQuartersArgs&) = nullptr;  // likewise, and in float32 only
   void (*depthwise)(const DepthwiseArgs&);
   int64_t (*depthwise_scratch)(int64_t height, int64_t width, int64_t kernel_size);
   void (*pack_panels)(const PackPanelsArgs&) = nullptr;

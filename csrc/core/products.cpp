@@ -10,30 +10,32 @@ int64_t Products::kept_bytes(int64_t tokens) const {
   return round_up(tokens, kTileTokens) * k_.panel_vectors * k_.lanes * int64_t(sizeof(float));
 }
 
-int64_t Products::scratch_bytes(int64_t tokens, int64_t operands) const {
+int64_t Products::scratch_bytes(int64_t tokens) const {
   if (converted_) return k_.lanes * net_.row_stride(net_.shape().channels);
   // Two buffers for a half of the tokens, or one for all.
-  return net_.quartered() ? operands * 2 * kept_bytes(ceil_div(tokens, 2)) : 0;
+  return net_.quartered() ? 2 * kept_bytes(ceil_div(tokens, 2)) : 0;
 }
 
-void Products::part(const Pointwise& w, const Pointwise& next, int64_t part, std::span<const ProductOperands> o,
-                    bool shared, int thread) const {
+void Products::part(const Pointwise& w, const Pointwise& next, int64_t part, const ProductOperands& o, bool shared,
+                    int thread) const {
   if (w.row_stride) {
     const int64_t per_line = k_.line_channels / k_.lanes, vectors = net_.vectors(w.output_channels);
-    for (int64_t v = part * per_line; v < std::min((part + 1) * per_line, vectors); ++v) rows(w, next, v, o[0], thread);
+    for (int64_t v = part * per_line; v < std::min((part + 1) * per_line, vectors); ++v) rows(w, next, v, o, thread);
     return;
   }
   const int64_t sharers = shared ? threads_ : 1, self = shared ? thread : 0, count = panels(w).count;
   // Where a thread's range of a matrix's parts begins.
-  auto own = [&](const Pointwise& matrix, int64_t thread) {
-    return parts(matrix, shared, int64_t(o.size())) * thread / sharers;
-  };
+  auto own = [&](const Pointwise& matrix, int64_t thread) { return parts(matrix, o, shared) * thread / sharers; };
   const bool last = part + 1 == own(w, self + 1);
   const int64_t after = last ? own(next, self) : part + 1;
   const Pointwise& source = last ? next : w;
   const Ahead ahead = panel_at(source, after % panels(source).count);
-  if (!w.quartered) return panel(w, part, ahead, o[0]);
-  quarters(w, part % count, ahead, shared ? o.subspan(part / count, 1) : o, thread);
+  if (!w.quartered) return panel(w, part, ahead, o);
+  ProductOperands own_cuts = o;
+  if (shared && o.quarter_stride) {
+    for (auto& half : own_cuts.halves) half = half.subspan(part / count, 1);
+  }
+  quarters(w, part % count, ahead, own_cuts, thread);
 }
 
 ProductTarget Products::target(const Pointwise& w, int64_t first_vector, const ProductOperands& o,
@@ -49,7 +51,6 @@ ProductTarget Products::target(const Pointwise& w, int64_t first_vector, const P
       .residual_stride = o.residual_stride,
       .output = o.output,
       .output_stride = o.output_stride,
-      .tokens = o.tokens,
       .activation = o.activation,
       .prefetch = ahead.data,
       .prefetch_bytes = ahead.bytes,
@@ -72,6 +73,7 @@ void Products::rows(const Pointwise& w, const Pointwise& next, int64_t vector, c
   }
   k_.product({
       .panels = o.input,
+      .tokens = o.tokens,
       .input_channels = w.input_channels,
       .weights = weights,
       .row_stride = row_stride,
@@ -85,56 +87,57 @@ void Products::rows(const Pointwise& w, const Pointwise& next, int64_t vector, c
 void Products::panel(const Pointwise& w, int64_t panel, const Ahead& ahead, const ProductOperands& o) const {
   const Panels panels = this->panels(w);
   const int64_t first = panels.begin(panel);
+  const TokenSpan all{0, o.tokens, 0};
   k_.panel_product({
       .panel = panel_begin(w, panel),
       .vectors = panels.begin(panel + 1) - first,
       .input_channels = w.input_channels,
       .input = o.input,
       .input_stride = o.input_stride,
+      .spans = &all,
+      .spans_count = 1,
       .to = target(w, first, o, ahead),
   });
 }
 
-void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead,
-                        std::span<const ProductOperands> operands, int thread) const {
+void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, const ProductOperands& o,
+                        int thread) const {
+  const bool strassen = o.quarter_stride != 0;
   const std::span<const QuarterStep> steps =
-      operands[0].sums ? std::span<const QuarterStep>(kStrassenSteps) : std::span<const QuarterStep>(kPlainSteps);
+      strassen ? std::span<const QuarterStep>(kStrassenSteps) : std::span<const QuarterStep>(kPlainSteps);
   const Panels panels = this->panels(w);
   const int64_t first = panels.begin(panel), vectors = panels.begin(panel + 1) - first;
-  const int64_t half = w.output_channels / 2, bytes = panel_bytes(w, vectors);
+  const int64_t half = w.output_channels / 2, half_lines = net_.lines(half), bytes = panel_bytes(w, vectors);
   const char* matrix = panel_begin(w, panel);
+  const TokenSpan all{0, o.tokens, 0};
+  auto input = [&](Place place) {
+    return o.input + (strassen ? place.number * o.quarter_stride : place.channel_half() * half_lines * o.input_stride);
+  };
+  auto kept = [&](int buffer) {
+    char* buffers = scratch_ + thread * scratch_stride_;
+    return buffer < 0 ? nullptr : reinterpret_cast<float*>(buffers + buffer * scratch_stride_ / 2);
+  };
   for (size_t i = 0; i < steps.size(); ++i) {
     const QuarterStep& step = steps[i];
-    const Ahead next = i + 1 == steps.size() ? ahead : Ahead{matrix + steps[i + 1].weights * bytes, bytes};
-    const int64_t share = round_up(ceil_div(next.bytes, int64_t(operands.size())), kCacheLine);
-    int64_t asked = 0;
-    char* buffers = scratch_ + thread * scratch_stride_;
-    for (const ProductOperands& o : operands) {
-      const int64_t tokens = step_tokens(o), second = tokens * k_.line_bytes;  // where the second half begins
-      const int64_t output = step.output.token_half() * second;
-      auto kept = [&](int buffer) {
-        return buffer < 0 ? nullptr : reinterpret_cast<float*>(buffers + buffer * kept_bytes(tokens));
-      };
-      ProductOperands to = o;
-      to.tokens = step.output.token_half() ? o.tokens - tokens : tokens;  // an odd number's second half has one less
-      to.output += output;
-      if (to.residual) to.residual += output;
-      k_.panel_product({
-          .panel = matrix + step.weights * bytes,
-          .vectors = vectors,
-          .input_channels = half,
-          .input = (step.input.in_sums() ? o.sums : o.input) +
-                   step.input.channel_half() * net_.lines(half) * o.input_stride + step.input.token_half() * second,
-          .input_stride = o.input_stride,
-          .to = target(w, first + step.output.channel_half() * net_.vectors(half), to,
-                       {next.data + asked, std::min(share, next.bytes - asked)}),
-          .from = kept(step.from),
-          .keep = kept(step.keep),
-          .base = kept(step.base),
-      });
-      asked = std::min(asked + share, next.bytes);
-      buffers += 2 * kept_bytes(tokens);
-    }
+    const int channel_half = step.output.channel_half();
+    const auto spans = strassen ? o.halves[step.output.token_half()] : std::span<const TokenSpan>(&all, 1);
+    ProductOperands to = o;
+    // Lines of a residual are counted as the output's are; a quarter has half of them.
+    if (o.residual && strassen) to.residual = input(step.output) - channel_half * half_lines * o.input_stride;
+    k_.panel_product({
+        .panel = matrix + step.weights * bytes,
+        .vectors = vectors,
+        .input_channels = half,
+        .input = input(step.input),
+        .input_stride = o.input_stride,
+        .spans = spans.data(),
+        .spans_count = int64_t(spans.size()),
+        .to = target(w, first + channel_half * net_.vectors(half), to,
+                     i + 1 == steps.size() ? ahead : Ahead{matrix + steps[i + 1].weights * bytes, bytes}),
+        .from = kept(step.from),
+        .keep = kept(step.keep),
+        .base = kept(step.base),
+    });
   }
 }
 

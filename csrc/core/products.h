@@ -3,8 +3,8 @@
 //  - Plain rows: a part is a line of output channels. A line of a matrix of another element type than the chain's is
 //    converted right before its use.
 //  - Panels (frozen): a part is a panel.
-//  - Panels of quarters: a part is a panel of both halves of the output channels (strassen.h), for all operands; where
-//    threads share a matrix, for one of them, and the first operand's parts come first.
+//  - Panels of quarters: a part is a panel of both halves of the output channels (strassen.h), for all cuts; where
+//    threads share a matrix, for one of them, and the first cut's parts come first.
 #pragma once
 #include <span>
 
@@ -21,7 +21,9 @@ struct ProductOperands {
   char* output;
   int64_t output_stride;
   Activation activation;
-  const char* sums = nullptr;  // of the input's quarters, like it; null: a plain product
+  // Of Strassen's product, whose input lies in quarters; the residual is that input, too.
+  int64_t quarter_stride = 0;                 // from one to the next; 0: a plain product
+  std::span<const TokenSpan> halves[2] = {};  // first and second, of every cut
 };
 
 class Products {
@@ -30,19 +32,19 @@ class Products {
   Products(const Network& network, int threads, const DType* converted)
       : net_(network), k_(network.kernels()), threads_(threads), converted_(converted) {}
 
-  // Per thread, for at most so many operands of at most so many tokens.
-  int64_t scratch_bytes(int64_t tokens, int64_t operands) const;
+  // Per thread, for at most so many tokens (of Strassen's product: as many in first halves, twice).
+  int64_t scratch_bytes(int64_t tokens) const;
   void bind(char* scratch, int64_t stride) { scratch_ = scratch, scratch_stride_ = stride; }
 
-  int64_t parts(const Pointwise& w, bool shared, int64_t operands) const {
-    return w.row_stride ? net_.lines(w.output_channels) : panels(w).count * (shared && w.quartered ? operands : 1);
+  int64_t parts(const Pointwise& w, const ProductOperands& o, bool shared) const {
+    if (w.row_stride) return net_.lines(w.output_channels);
+    return panels(w).count * (shared && o.quarter_stride ? int64_t(o.halves[0].size()) : 1);
   }
-  // `next` is the matrix that a thread reads after it; `shared`: each thread has a range of the parts. Only a product
-  // of quarters has several operands.
-  void part(const Pointwise& w, const Pointwise& next, int64_t part, std::span<const ProductOperands> o, bool shared,
+  // `next` is the matrix that a thread reads after it; `shared`: each thread has a range of the parts.
+  void part(const Pointwise& w, const Pointwise& next, int64_t part, const ProductOperands& o, bool shared,
             int thread) const;
-  void whole(const Pointwise& w, const Pointwise& next, std::span<const ProductOperands> o, int thread) const {
-    for (int64_t i = 0; i < parts(w, false, 1); ++i) part(w, next, i, o, false, thread);
+  void whole(const Pointwise& w, const Pointwise& next, const ProductOperands& o, int thread) const {
+    for (int64_t i = 0; i < parts(w, o, false); ++i) part(w, next, i, o, false, thread);
   }
 
  private:
@@ -53,11 +55,8 @@ class Products {
   };
   void rows(const Pointwise& w, const Pointwise& next, int64_t vector, const ProductOperands& o, int thread) const;
   void panel(const Pointwise& w, int64_t panel, const Ahead& ahead, const ProductOperands& o) const;
-  void quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, std::span<const ProductOperands> operands,
-                int thread) const;
+  void quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, const ProductOperands& o, int thread) const;
 
-  // Of a step.
-  static int64_t step_tokens(const ProductOperands& o) { return o.sums ? ceil_div(o.tokens, 2) : o.tokens; }
   Panels panels(const Pointwise& w) const {
     return w.quartered ? net_.quarter_panels() : net_.panels(w.output_channels);
   }

@@ -40,11 +40,10 @@ constexpr int64_t kLinesAhead = 24;        // behind y, of nothing
 // What some images own while they pass.
 struct Group {
   int64_t first, count;
-  bool shared;                        // by all threads
-  char* x[2];                         // one twice without bands
-  char* y;                            // frozen, or where a residual reads it again
-  char* panels[2];                    // of blocks with even and odd numbers; one twice unless shared. Frozen: none
-  std::vector<ProductOperands> cuts;  // of Strassen's product without bands
+  bool shared;      // by all threads
+  char* x[2];       // one twice without bands
+  char* y;          // frozen, or where a residual reads it again
+  char* panels[2];  // of blocks with even and odd numbers; one twice unless shared. Frozen: none
 };
 
 class Runner {
@@ -117,14 +116,14 @@ class Runner {
     const int64_t y_lines = keeps_y_ && !strassen_ ? lines_ : 1;
     const int64_t ahead = threads_ > 1 ? kLinesAhead : 0;
     y_bytes_ = (std::max(y_lines, patch_lines) + ahead) * line_stride(tokens * k_.line_bytes);
-    product_bytes_ = products_.scratch_bytes(tokens, 1);
+    product_bytes_ = products_.scratch_bytes(tokens);
     if (strassen_) {
-      const int64_t cuts = bands_ > 1 ? ceil_div(plane_.cuts, bands_) : schedule_.group * plane_.cuts;
-      const Band largest = plane_.largest(plane_.cuts);
-      cut_stride_ = line_stride(largest.bytes);
-      cut_bytes_ = (2 * lines_ + ahead) * cut_stride_;
-      y_bytes_ = std::max(y_bytes_, cuts * cut_bytes_);
-      product_bytes_ = products_.scratch_bytes(largest.tokens, cuts);
+      make_cuts();
+      half_stride_ = line_stride(largest_product_ * k_.line_bytes);
+      quarter_stride_ = line_stride(lines_ / 2 * half_stride_);
+      pair_bytes_ = 2 * plane_.largest(plane_.cuts).bytes;
+      y_bytes_ = std::max(y_bytes_, pair_bytes_ + kTokenQuarters * quarter_stride_ + ahead * half_stride_);
+      product_bytes_ = products_.scratch_bytes(2 * largest_product_);
     }
     panels_bytes_ = frozen_ ? 0 : lines_ * round_up(tokens, k_.lanes) * k_.line_bytes;
     scratch_bytes_ = round_up(k_.depthwise_scratch(plane_.height, plane_.width, shape_.kernel_size) * 4, kCacheLine);
@@ -164,17 +163,12 @@ class Runner {
   Group group_at(int64_t index, int64_t place, int thread, bool shared = false) const {
     const int64_t first = index * batch_.size / schedule_.groups, last = (index + 1) * batch_.size / schedule_.groups;
     char *x = x_ + place * x_count_ * x_bytes_, *panels = panels_ + thread * panels_bytes_;
-    Group group{first,
-                last - first,
-                shared,
-                {x, x + (x_count_ - 1) * x_bytes_},
-                y_ + thread * y_bytes_,
-                {panels, shared ? panels + panels_bytes_ : panels},
-                {}};
-    for (int64_t i = 0; strassen_ && bands_ == 1 && i < cuts(group); ++i) {
-      group.cuts.push_back(operands(cut_at(group, i), x));
-    }
-    return group;
+    return Group{first,
+                 last - first,
+                 shared,
+                 {x, x + (x_count_ - 1) * x_bytes_},
+                 y_ + thread * y_bytes_,
+                 {panels, shared ? panels + panels_bytes_ : panels}};
   }
 
   int64_t items(const Step& step, const Group& group) const {
@@ -182,12 +176,12 @@ class Runner {
       case Step::kPatches:
         return group.count * patch_bands(group);
       case Step::kStem:
-        return products_.parts(net_.stem(), group.shared, 1);
+        return products_.parts(net_.stem(), operands(group, group.y), group.shared);
       case Step::kEmbed:
       case Step::kBand:
         return bands_;
       case Step::kPointwise:
-        return products_.parts(matrix(step.block), group.shared, strassen_ ? cuts(group) : 1);
+        return products_.parts(matrix(step.block), pointwise_operands(step.block, group), group.shared);
       case Step::kDepthwise:
         return strassen_ ? cuts(group) * (lines_ / 2) : lines_;
       default:
@@ -223,7 +217,7 @@ class Runner {
         return embed(item, group, thread);
       case Step::kDepthwise:
         if (!strassen_) return depthwise(step.block, item, group, thread);
-        return depthwise_pair(step.block, item % (lines_ / 2), cut_at(group, item / (lines_ / 2)), group.x[0], thread);
+        return depthwise_pair(step.block, item % (lines_ / 2), cuts_[item / (lines_ / 2)], group.x[0], group.y, thread);
       case Step::kPointwise:
         return pointwise(step.block, item, group, thread);
       case Step::kFused:
@@ -254,7 +248,7 @@ class Runner {
     load_patches(group.first, band, patches, stride);
     const ProductOperands o{patches,     stride,           band.tokens, nullptr, 0, group.x[0] + band.offset,
                             line_bytes_, shape_.activation};
-    products_.whole(net_.stem(), after_stem(), {&o, 1}, thread);
+    products_.whole(net_.stem(), after_stem(), o, thread);
   }
 
   // A line of y, of all rows of all images, and its place in the panels if there are any.
@@ -267,27 +261,45 @@ class Runner {
     pack_panels(y, group.count * plane_.tokens(), line, group.panels[d & 1]);
   }
 
-  // What Strassen's product halves the tokens of: a part of an image, with its y and sums apart from the others'.
+  // What Strassen's product halves the tokens of: a part of an image. Its halves lie beside those of the other cuts
+  // that a product takes.
   struct Cut {
     Band band;
     int64_t image;  // where that begins in a line of x
-    char *y, *sums;
+    int64_t half;   // where its half begins in a line of a quarter
   };
   int64_t cuts(const Group& group) const { return group.count * plane_.cuts; }
-  Cut cut_at(const Group& group, int64_t i) const { return cut_at(i, group.y + i * cut_bytes_); }
-  // Number i of a group.
-  Cut cut_at(int64_t i, char* y) const {
-    const int64_t cut = i % plane_.cuts;
-    return {plane_.cut(cut, cut + 1), i / plane_.cuts * plane_.bytes(), y, y + lines_ * cut_stride_};
+
+  // Of all images of a group, or of all bands, which have quarters of their own.
+  void make_cuts() {
+    const int64_t half_tokens = ceil_div(plane_.largest(plane_.cuts).tokens, 2);
+    for (int64_t band = 0; band < bands_; ++band) {
+      const int64_t first = plane_.first_cut(band, bands_), last = plane_.first_cut(band + 1, bands_);
+      for (int64_t i = first; i < (bands_ > 1 ? last : schedule_.group * plane_.cuts); ++i) {
+        const int64_t cut = i % plane_.cuts, token = (i - first) * half_tokens;
+        cuts_.push_back({plane_.cut(cut, cut + 1), i / plane_.cuts * plane_.bytes(), token * k_.line_bytes});
+        const int64_t tokens = cuts_.back().band.tokens, split = ceil_div(tokens, 2);
+        const int64_t output = cuts_.back().image + cuts_.back().band.offset;
+        halves_[0].push_back({token, split, output});
+        halves_[1].push_back({token, tokens - split, output + split * k_.line_bytes});
+        largest_product_ = std::max(largest_product_, token + half_tokens);
+      }
+    }
   }
 
-  // A line, its partner in the other half of the channels and their sums.
-  void depthwise_pair(int64_t d, int64_t line, const Cut& cut, const char* x, int thread) const {
-    const int64_t first = line * cut_stride_, second = first + lines_ / 2 * cut_stride_;
-    for (const int64_t l : {line, line + lines_ / 2}) {
-      depthwise(d, l, cut.band, x + l * line_bytes_ + cut.image, cut.y + l * cut_stride_, thread);
+  // A line and its partner in the other half of the channels, by quarters.
+  void depthwise_pair(int64_t d, int64_t line, const Cut& cut, const char* x, char* y, int thread) const {
+    char* const pair = y_ + thread * y_bytes_;
+    char* lines[] = {pair, pair + cut.band.bytes};
+    for (const int64_t half : {0, 1}) {
+      const int64_t l = line + half * lines_ / 2;
+      depthwise(d, l, cut.band, x + l * line_bytes_ + cut.image, lines[half], thread);
     }
-    k_.token_sums({{cut.y + first, cut.y + second}, {cut.sums + first, cut.sums + second}, cut.band.tokens});
+    k_.token_quarters({{lines[0], lines[1]},
+                       cut.band.tokens,
+                       y + pair_bytes_ + line * half_stride_ + cut.half,
+                       quarter_stride_,
+                       shape_.pw_residual});
   }
 
   void pack_panels(const char* y, int64_t tokens, int64_t line, char* panels) const {
@@ -303,41 +315,45 @@ class Runner {
 
   // Part of the output channels of all tokens.
   void stem(int64_t part, const Group& group, int thread) const {
-    const ProductOperands o = operands(group, group.y);
-    products_.part(net_.stem(), after_stem(), part, {&o, 1}, group.shared, thread);
+    products_.part(net_.stem(), after_stem(), part, operands(group, group.y), group.shared, thread);
   }
   void pointwise(int64_t d, int64_t part, const Group& group, int thread) const {
-    if (strassen_) return products_.part(matrix(d), next_matrix(d), part, group.cuts, group.shared, thread);
+    products_.part(matrix(d), next_matrix(d), part, pointwise_operands(d, group), group.shared, thread);
+  }
+  ProductOperands pointwise_operands(int64_t d, const Group& group) const {
+    if (strassen_) return operands(0, cuts(group), group.y, group.x[0]);
     ProductOperands o = operands(group, frozen_ ? group.y : group.panels[d & 1]);
     if (shape_.pw_residual) o.residual = group.y, o.residual_stride = line_bytes_;
-    products_.part(matrix(d), next_matrix(d), part, {&o, 1}, group.shared, thread);
+    return o;
   }
   ProductOperands operands(const Group& group, const char* input) const {
     const int64_t tokens = group.count * plane_.tokens();
     return {input, line_bytes_, tokens, nullptr, 0, group.x[0], line_bytes_, shape_.activation};
   }
-  ProductOperands operands(const Cut& cut, char* x) const {
-    return {cut.y,           cut_stride_,
-            cut.band.tokens, shape_.pw_residual ? cut.y : nullptr,
-            cut_stride_,     x + cut.image + cut.band.offset,
-            line_bytes_,     shape_.activation,
-            cut.sums};
+  // Of some cuts' quarters.
+  ProductOperands operands(int64_t first_cut, int64_t count, const char* y, char* x) const {
+    const char* quarters = y + pair_bytes_;
+    auto of_cuts = [&](const std::vector<TokenSpan>& half) { return std::span(half).subspan(first_cut, count); };
+    return {quarters,
+            half_stride_,
+            0,
+            shape_.pw_residual ? quarters : nullptr,
+            half_stride_,
+            x,
+            line_bytes_,
+            shape_.activation,
+            quarter_stride_,
+            {of_cuts(halves_[0]), of_cuts(halves_[1])}};
   }
 
   void block(int64_t d, int64_t item, const Group& group, int thread) const {
     char *from = group.x[d & 1], *to = group.x[(d + 1) & 1], *y = y_ + thread * y_bytes_;
     if (strassen_) {
-      std::vector<Cut> cuts;
-      std::vector<ProductOperands> o;
       const int64_t first = plane_.first_cut(item, bands_), last = plane_.first_cut(item + 1, bands_);
-      for (int64_t i = first; i < last; ++i) {
-        cuts.push_back(cut_at(i, y + (i - first) * cut_bytes_));
-        o.push_back(operands(cuts.back(), to));
-      }
       for (int64_t line = 0; line < lines_ / 2; ++line) {
-        for (const Cut& cut : cuts) depthwise_pair(d, line, cut, from, thread);
+        for (int64_t i = first; i < last; ++i) depthwise_pair(d, line, cuts_[i], from, y, thread);
       }
-      return products_.whole(matrix(d), next_matrix(d), o, thread);
+      return products_.whole(matrix(d), next_matrix(d), operands(first, last - first, y, to), thread);
     }
     const Band band = plane_.band(item, bands_);
     const int64_t stride = line_stride(band.bytes);
@@ -350,7 +366,7 @@ class Runner {
     const ProductOperands o{
         frozen_ ? y : panels, stride,      band.tokens,      shape_.pw_residual ? y : nullptr, stride,
         to + band.offset,     line_bytes_, shape_.activation};
-    products_.whole(matrix(d), next_matrix(d), {&o, 1}, thread);
+    products_.whole(matrix(d), next_matrix(d), o, thread);
   }
 
   Pointwise matrix(int64_t d) const {
@@ -364,8 +380,7 @@ class Runner {
     const Pointwise w = net_.head();
     const int64_t stride = batch_.size * k_.line_bytes;
     const ProductOperands o{pooled_, stride, batch_.size, nullptr, 0, logits_, stride, Activation::kIdentity};
-    team.phase(thread, products_.parts(w, true, 1),
-               [&](int64_t part) { products_.part(w, w, part, {&o, 1}, true, thread); });
+    team.phase(thread, products_.parts(w, o, true), [&](int64_t part) { products_.part(w, w, part, o, true, thread); });
     External to = batch_.output;
     to.channels = shape_.classes, to.height = 1, to.width = batch_.size;
     to.channel_stride = 1, to.row_stride = 0, to.column_stride = batch_.output_stride;
@@ -397,9 +412,13 @@ class Runner {
   const int64_t bands_;
   const bool strassen_;
   const int64_t lines_;
-  const bool keeps_y_;                      // all lines of y are needed at once
-  const int64_t line_bytes_;                // of a group, in one line of channels
-  int64_t cut_stride_ = 0, cut_bytes_ = 0;  // from line to line of a cut's y; from cut to cut
+  const bool keeps_y_;        // all lines of y are needed at once
+  const int64_t line_bytes_;  // of a group, in one line of channels
+  // Of Strassen's product: cuts and their halves; tokens that one has in a half; from line to line and from one quarter
+  // to the next; two lines of a cut before they are quartered.
+  std::vector<Cut> cuts_;
+  std::vector<TokenSpan> halves_[2];
+  int64_t largest_product_ = 0, half_stride_ = 0, quarter_stride_ = 0, pair_bytes_ = 0;
   Products products_;
   int64_t panels_bytes_ = 0, product_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0;
   int64_t packed_bytes_ = 0, pooled_bytes_ = 0, logits_bytes_ = 0;

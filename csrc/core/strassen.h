@@ -15,6 +15,15 @@
 // Sums of products stay with the tile that makes them: a step takes them from, and leaves them in, one of two buffers
 // of a panel's size ("kept"), or finishes them. A step does all cuts that a thread has, while its quarter is in L2.
 //
+// Quarters of Y and T lie one after the other, and a line of one has that half of every cut that a thread has: a step
+// reads nothing else of its lines, so what hardware fetches ahead is what comes next. With each cut's Y and T by
+// themselves, both halves in a line, hardware fetched the half that the step does not read, too; of seven quarters that
+// barely fit 2 MB of L2 beside panels that was too much. Frozen networks on an Emerald Rapids, in turns, time of this /
+// of that at batch 8 and 1: 1024/20 0.935 and 0.97, 768/32 0.95 and 0.985, 256/8 0.98 and 0.99 (a part of it: sum_up in
+// product.h). The product alone, cuts of 64 tokens: 768 channels reach 90 % of the multiply-adds' rate instead of 84,
+// 1024 88 instead of 81. Every step for several panels before the next, so that a quarter is read once for all of them,
+// would bring another 1 to 2 % there, for buffers as large as the quarter; not done.
+//
 // Cost: 7/8 of the multiply-adds; 2 % of their number again in vectors kept and taken; sums of Y another 1 %. Memory:
 // with the quarter that only a plain product needs, which images of few tokens get, twice the matrix. Time of whole
 // networks, medians in turns: 768/32 and 1024/20 on a Zen 5 processor at batch 8 0.92 to 0.96, with AVX2 kernels there
@@ -36,15 +45,14 @@ namespace spin {
 // Quarters of a matrix, and sums of them, in the order in which they lie in memory.
 enum Quarter { kW11, kW12, kS2, kS3, kS1, kS4, kW22, kW21, kQuarters };
 
-// Where an operand or a result lies: number / 4: in Y (and the output) or in T; / 2: half of the channels; half of the
-// tokens.
+// Where an operand or a result lies: one of the quarters of Y (and of the output), or of T.
 struct Place {
   int number;
-  constexpr int in_sums() const { return number / 4; }
   constexpr int channel_half() const { return number / 2 % 2; }
   constexpr int token_half() const { return number % 2; }
 };
 constexpr Place k11{0}, k12{1}, k21{2}, k22{3}, kT1{4}, kT2{5}, kT3{6}, kT4{7};
+constexpr int64_t kTokenQuarters = 8;
 
 // kept[from] plus the product goes to kept[keep], kept[base] plus the product is the output's. -1: from zero; not.
 struct QuarterStep {
@@ -72,11 +80,13 @@ constexpr QuarterStep kPlainSteps[] = {
     {.weights = kW21, .input = k11, .base = 0, .output = k21},
 };
 
-// T of two lines of Y, half of the lines apart.
-struct TokenSumsArgs {
-  char* lines[2];  // with room for a token more
-  char* sums[2];   // T1 T2, T3 T4
+// Quarters of two lines of Y, half of the lines apart, and their sums T.
+struct TokenQuartersArgs {
+  const char* lines[2];
   int64_t tokens;
+  char* quarters;  // a line of the first; the others follow, each `stride` bytes after the one before
+  int64_t stride;
+  bool keeps_y12;  // which no product reads
 };
 
 // The cuts of an image, the same whoever takes them, so that results do not depend on threads. Up to four of 64 tokens
@@ -88,20 +98,23 @@ inline int64_t strassen_cuts(int64_t height, int64_t width) {
 }
 
 template <class V>
-void token_sums(const TokenSumsArgs& a) {
+void token_quarters(const TokenQuartersArgs& a) {
   constexpr int64_t kLineBytes = V::kLanes * sizeof(float);
   const int64_t half = ceil_div(a.tokens, 2) * kLineBytes, end = a.tokens * kLineBytes;
-  if (2 * half > end) {
-    for (char* line : a.lines) V::store(line + end, V::zero());
-  }
-  for (int64_t left = 0, right = half; left < half; left += kLineBytes, right += kLineBytes) {
-    const auto y11 = V::load(a.lines[0] + left), y12 = V::load(a.lines[0] + right);
-    const auto y21 = V::load(a.lines[1] + left), y22 = V::load(a.lines[1] + right);
+  for (int64_t left = 0; left < half; left += kLineBytes) {
+    const bool both = half + left < end;
+    const auto y11 = V::load(a.lines[0] + left), y12 = both ? V::load(a.lines[0] + half + left) : V::zero();
+    const auto y21 = V::load(a.lines[1] + left), y22 = both ? V::load(a.lines[1] + half + left) : V::zero();
     const auto t1 = V::sub(y12, y11), t2 = V::sub(y22, t1);
-    V::store(a.sums[0] + left, t1);
-    V::store(a.sums[0] + right, t2);
-    V::store(a.sums[1] + left, V::sub(y22, y12));
-    V::store(a.sums[1] + right, V::sub(y21, t2));
+    auto store = [&](Place to, auto x) { V::store(a.quarters + to.number * a.stride + left, x); };
+    store(k11, y11);
+    if (a.keeps_y12) store(k12, y12);
+    store(k21, y21);
+    store(k22, y22);
+    store(kT1, t1);
+    store(kT2, t2);
+    store(kT3, V::sub(y22, y12));
+    store(kT4, V::sub(y21, t2));
   }
 }
 

@@ -212,6 +212,7 @@ class Training {
     const int64_t next = line + 1 < lines_ ? channels_of(line + 1) : 0;
     k_.product({
         .panels = panels + at(tokens) * panel_lines() * kUnitBytes,
+        .tokens = tokens.count,
         .input_channels = shape_.channels,
         .weights = rows.first,
         .row_stride = rows.stride,
@@ -225,7 +226,6 @@ class Training {
                .residual_stride = 0,
                .output = output,
                .output_stride = 0,
-               .tokens = tokens.count,
                .activation = Activation::kIdentity,
                .prefetch = rows.first + channels_of(line) * rows.stride,
                .prefetch_bytes = next * rows.stride},
