@@ -261,9 +261,10 @@ struct Product {
   // sum, as gcc leaves it (what is stored could change the arguments), they take 2 to 4 % of a tile of 128 channels.
   template <int kCount>
   static SPIN_INLINE void sum_up(const PanelProductArgs& a, int64_t place, F* sums) {
-    if (float* const keep = a.keep + place; a.keep) {
-      const float* const from = a.from + place;
+    if (a.keep) {
+      float* const keep = a.keep + place;
       if (a.from) {
+        const float* const from = a.from + place;
 #pragma GCC unroll 24
         for (int i = 0; i < kCount; ++i) V::store(keep + i * V::kLanes, V::add(V::load(from + i * V::kLanes), sums[i]));
       } else {
@@ -271,7 +272,8 @@ struct Product {
         for (int i = 0; i < kCount; ++i) V::store(keep + i * V::kLanes, sums[i]);
       }
     }
-    if (const float* const base = a.base + place; a.base) {
+    if (a.base) {
+      const float* const base = a.base + place;
 #pragma GCC unroll 24
       for (int i = 0; i < kCount; ++i) sums[i] = V::add(V::load(base + i * V::kLanes), sums[i]);
     }
