@@ -156,6 +156,7 @@ QUARTERS: dict[str, dict[str, Any]] = {
     "one-left-over": {"C": 320, "H": 12, "W": 12, "B": 3},
     "grouped": {"C": 288, "H": 7, "W": 9, "B": 5},
     "grouped-residual": {"C": 288, "H": 7, "W": 9, "B": 5, "k": 5, "pw_residual": True, "S": 1},
+    "grouped-cuts": {"C": 288, "H": 8, "W": 16, "B": 5, "pw_residual": True},  # two cuts in each of two images
     "bands-residual": {"C": 288, "H": 79, "W": 17, "pw_residual": True, "activation": "relu"},
     "few-tokens": {"C": 288, "H": 5, "W": 6, "B": 7},
     "one-token": {"C": 288, "H": 1, "W": 1, "B": 2},

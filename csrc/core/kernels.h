@@ -67,7 +67,7 @@ struct ProductArgs {
 
 // Tokens that lie together in a product's input and in its output.
 struct TokenSpan {
-  int64_t token, tokens;  // the first one's number in the input (and the residual); how many
+  int64_t token, tokens;  // the first one's number in the input, the residual and what is kept; how many
   int64_t output;         // bytes from the output's first token to the first of these
 };
 

@@ -257,25 +257,29 @@ struct Product {
 
   // ---- a panel of a matrix, tokens as they lie ----
 
-  // Of several products that are added up: sums, of which `place` is the first. Each question is asked once: for every
-  // sum, as gcc leaves it (what is stored could change the arguments), they take 2 to 4 % of a tile of 128 channels.
-  template <int kCount>
-  static SPIN_INLINE void sum_up(const PanelProductArgs& a, int64_t place, F* sums) {
+  // Of several products that are added up: the sums of a tile, the first of them `place` floats into what is kept. Each
+  // question is asked once: for every sum, as gcc leaves it (what is stored could change the arguments), they take 2 to
+  // 4 % of a tile of 128 channels.
+  template <int kRows, int kVectors>
+  static SPIN_INLINE void sum_up(const PanelProductArgs& a, int64_t place, F (&sums)[kRows][kVectors]) {
+    auto each = [&](const auto& body) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) body(sums[r][v], place + (r * kVectors + v) * V::kLanes);
+      }
+    };
     if (a.keep) {
-      float* const keep = a.keep + place;
-      if (a.from) {
-        const float* const from = a.from + place;
-#pragma GCC unroll 24
-        for (int i = 0; i < kCount; ++i) V::store(keep + i * V::kLanes, V::add(V::load(from + i * V::kLanes), sums[i]));
+      float* const keep = a.keep;
+      if (const float* const from = a.from) {
+        each([=](F& s, int64_t at)
+                 __attribute__((always_inline)) { V::store(keep + at, V::add(V::load(from + at), s)); });
       } else {
-#pragma GCC unroll 24
-        for (int i = 0; i < kCount; ++i) V::store(keep + i * V::kLanes, sums[i]);
+        each([=](F& s, int64_t at) __attribute__((always_inline)) { V::store(keep + at, s); });
       }
     }
-    if (a.base) {
-      const float* const base = a.base + place;
-#pragma GCC unroll 24
-      for (int i = 0; i < kCount; ++i) sums[i] = V::add(V::load(base + i * V::kLanes), sums[i]);
+    if (const float* const base = a.base) {
+      each([=](F& s, int64_t at) __attribute__((always_inline)) { s = V::add(V::load(base + at), s); });
     }
   }
 
@@ -289,7 +293,7 @@ struct Product {
     if (tokens == V::kTileRows) {
       return tile<V::kTileRows, kVectors>(
           rows, a.input_channels, a.panel, prefetch, [&](auto& sum) __attribute__((always_inline)) {
-            sum_up<V::kTileRows * kVectors>(a, place, &sum[0][0]);
+            sum_up(a, place, sum);
             if (!a.finished()) return;
 #pragma GCC unroll 4
             for (int v = 0; v < kVectors; ++v) {
@@ -310,9 +314,9 @@ struct Product {
     alignas(64) float sums[V::kTileRows * kVectors * V::kLanes];
     store_tile_of<kVectors>(tokens, rows, a.input_channels, a.panel, sums, prefetch);
     for (int64_t at = 0; at < tokens * kVectors * V::kLanes; at += V::kLanes) {
-      F sum = V::load(sums + at);
-      sum_up<1>(a, place + at, &sum);
-      V::store(sums + at, sum);
+      F sum[1][1] = {{V::load(sums + at)}};
+      sum_up(a, place + at, sum);
+      V::store(sums + at, sum[0][0]);
     }
     if (!a.finished()) return;
     for (int v = 0; v < kVectors; ++v) {
@@ -322,9 +326,9 @@ struct Product {
   }
 
   static void run_panel(const PanelProductArgs& a) {
-    int64_t tiles = 0;
-    for (int64_t s = 0; s < a.spans_count; ++s) tiles += ceil_div(a.spans[s].tokens, V::kTileRows);
-    Prefetch prefetch(a.to, tiles * ceil_div(a.input_channels, kLineChannels));
+    int64_t all_tiles = 0;
+    for (int64_t s = 0; s < a.spans_count; ++s) all_tiles += ceil_div(a.spans[s].tokens, V::kTileRows);
+    Prefetch prefetch(a.to, all_tiles * ceil_div(a.input_channels, kLineChannels));
     with_activation(a.to.activation, [&](auto activation) {
       for (int64_t s = 0; s < a.spans_count; ++s) {
         const TokenSpan& span = a.spans[s];

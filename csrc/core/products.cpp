@@ -10,10 +10,9 @@ int64_t Products::kept_bytes(int64_t tokens) const {
   return round_up(tokens, kTileTokens) * k_.panel_vectors * k_.lanes * int64_t(sizeof(float));
 }
 
-int64_t Products::scratch_bytes(int64_t tokens) const {
+int64_t Products::scratch_bytes(int64_t tokens, bool strassen) const {
   if (converted_) return k_.lanes * net_.row_stride(net_.shape().channels);
-  // Two buffers for a half of the tokens, or one for all.
-  return net_.quartered() ? 2 * kept_bytes(ceil_div(tokens, 2)) : 0;
+  return net_.quartered() ? (strassen ? 2 : 1) * kept_bytes(tokens) : 0;
 }
 
 void Products::part(const Pointwise& w, const Pointwise& next, int64_t part, const ProductOperands& o, bool shared,

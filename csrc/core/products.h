@@ -15,7 +15,7 @@ namespace spin {
 struct ProductOperands {
   const char* input;     // panels of tokens; where the matrix lies in panels: lines
   int64_t input_stride;  // of lines
-  int64_t tokens;
+  int64_t tokens;        // of a plain product
   const char* residual;  // null: none
   int64_t residual_stride;
   char* output;
@@ -32,8 +32,8 @@ class Products {
   Products(const Network& network, int threads, const DType* converted)
       : net_(network), k_(network.kernels()), threads_(threads), converted_(converted) {}
 
-  // Per thread, for at most so many tokens (of Strassen's product: as many in first halves, twice).
-  int64_t scratch_bytes(int64_t tokens) const;
+  // Per thread, for plain products of at most so many tokens, or Strassen's of at most so many in the first halves.
+  int64_t scratch_bytes(int64_t tokens, bool strassen) const;
   void bind(char* scratch, int64_t stride) { scratch_ = scratch, scratch_stride_ = stride; }
 
   int64_t parts(const Pointwise& w, const ProductOperands& o, bool shared) const {

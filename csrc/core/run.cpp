@@ -8,8 +8,8 @@
 //     depthwise: a line of x -> the same line of y
 //     pointwise: all of y -> a panel's channels of x
 //
-// and the product of larger matrices in float32 is Strassen's (strassen.h): a line's partner in the other half of the
-// channels follows it, and sums of both, for each of the cuts of an image by itself.
+// and the product of larger matrices in float32 is Strassen's (strassen.h): a line and its partner in the other half of
+// the channels become a line of each quarter and of their sums.
 //
 // y stays in the L2 of the thread that uses it. Which images, rows and lines a thread takes: schedule.h.
 //
@@ -67,7 +67,9 @@ class Runner {
         lines_(net_.lines(shape_.channels)),
         keeps_y_(frozen_ || shape_.pw_residual),
         line_bytes_(line_stride(schedule_.group * plane_.bytes())),
-        products_(network, threads_, plain_ && !Network::reads(k_, shape_, *weights) ? &weights->type : nullptr) {}
+        products_(network, threads_, plain_ && !Network::reads(k_, shape_, *weights) ? &weights->type : nullptr) {
+    if (strassen_) make_cuts();
+  }
 
   void operator()() {
     const std::vector<Segment>& segments = plan_.segments;
@@ -116,14 +118,12 @@ class Runner {
     const int64_t y_lines = keeps_y_ && !strassen_ ? lines_ : 1;
     const int64_t ahead = threads_ > 1 ? kLinesAhead : 0;
     y_bytes_ = (std::max(y_lines, patch_lines) + ahead) * line_stride(tokens * k_.line_bytes);
-    product_bytes_ = products_.scratch_bytes(tokens);
+    product_bytes_ = products_.scratch_bytes(strassen_ ? half_tokens_ : tokens, strassen_);
     if (strassen_) {
-      make_cuts();
-      half_stride_ = line_stride(largest_product_ * k_.line_bytes);
+      half_stride_ = line_stride(half_tokens_ * k_.line_bytes);
       quarter_stride_ = line_stride(lines_ / 2 * half_stride_);
       pair_bytes_ = 2 * plane_.largest(plane_.cuts).bytes;
       y_bytes_ = std::max(y_bytes_, pair_bytes_ + kTokenQuarters * quarter_stride_ + ahead * half_stride_);
-      product_bytes_ = products_.scratch_bytes(2 * largest_product_);
     }
     panels_bytes_ = frozen_ ? 0 : lines_ * round_up(tokens, k_.lanes) * k_.line_bytes;
     scratch_bytes_ = round_up(k_.depthwise_scratch(plane_.height, plane_.width, shape_.kernel_size) * 4, kCacheLine);
@@ -190,7 +190,7 @@ class Runner {
   }
 
   void run_item(const Step& step, int64_t item, const Group& group, int thread) const {
-    const char* x = group.x[bands_ > 1 ? step.block & 1 : 0] + item * line_bytes_;
+    auto x = [&] { return group.x[bands_ > 1 ? step.block & 1 : 0] + item * line_bytes_; };
     switch (step.kind) {
       case Step::kLoad:
         for (int64_t i = 0; i < group.count; ++i) {
@@ -198,11 +198,11 @@ class Runner {
         }
         return;
       case Step::kStore:
-        for (int64_t i = 0; i < group.count; ++i) k_.store(x + i * plane_.bytes(), item, output(group.first + i));
+        for (int64_t i = 0; i < group.count; ++i) k_.store(x() + i * plane_.bytes(), item, output(group.first + i));
         return;
       case Step::kPool:
         for (int64_t i = 0; i < group.count; ++i) {
-          k_.pool(x + i * plane_.bytes(), plane_.tokens(),
+          k_.pool(x() + i * plane_.bytes(), plane_.tokens(),
                   pooled_ + (item * batch_.size + group.first + i) * k_.line_bytes);
         }
         return;
@@ -266,23 +266,24 @@ class Runner {
   struct Cut {
     Band band;
     int64_t image;  // where that begins in a line of x
-    int64_t half;   // where its half begins in a line of a quarter
+    int64_t place;  // where its half begins in a line of a quarter
   };
   int64_t cuts(const Group& group) const { return group.count * plane_.cuts; }
 
   // Of all images of a group, or of all bands, which have quarters of their own.
   void make_cuts() {
-    const int64_t half_tokens = ceil_div(plane_.largest(plane_.cuts).tokens, 2);
+    const int64_t most = ceil_div(plane_.largest(plane_.cuts).tokens, 2);
     for (int64_t band = 0; band < bands_; ++band) {
-      const int64_t first = plane_.first_cut(band, bands_), last = plane_.first_cut(band + 1, bands_);
-      for (int64_t i = first; i < (bands_ > 1 ? last : schedule_.group * plane_.cuts); ++i) {
-        const int64_t cut = i % plane_.cuts, token = (i - first) * half_tokens;
+      const int64_t first = plane_.first_cut(band, bands_);
+      const int64_t last = bands_ > 1 ? plane_.first_cut(band + 1, bands_) : schedule_.group * plane_.cuts;
+      for (int64_t i = first; i < last; ++i) {
+        const int64_t cut = i % plane_.cuts, token = (i - first) * most;
         cuts_.push_back({plane_.cut(cut, cut + 1), i / plane_.cuts * plane_.bytes(), token * k_.line_bytes});
         const int64_t tokens = cuts_.back().band.tokens, split = ceil_div(tokens, 2);
         const int64_t output = cuts_.back().image + cuts_.back().band.offset;
         halves_[0].push_back({token, split, output});
         halves_[1].push_back({token, tokens - split, output + split * k_.line_bytes});
-        largest_product_ = std::max(largest_product_, token + half_tokens);
+        half_tokens_ = std::max(half_tokens_, token + most);
       }
     }
   }
@@ -297,7 +298,7 @@ class Runner {
     }
     k_.token_quarters({{lines[0], lines[1]},
                        cut.band.tokens,
-                       y + pair_bytes_ + line * half_stride_ + cut.half,
+                       y + pair_bytes_ + line * half_stride_ + cut.place,
                        quarter_stride_,
                        shape_.pw_residual});
   }
@@ -414,11 +415,11 @@ class Runner {
   const int64_t lines_;
   const bool keeps_y_;        // all lines of y are needed at once
   const int64_t line_bytes_;  // of a group, in one line of channels
-  // Of Strassen's product: cuts and their halves; tokens that one has in a half; from line to line and from one quarter
-  // to the next; two lines of a cut before they are quartered.
+  // Of Strassen's product: cuts, and their halves as products take them; tokens of a line of a quarter, at most; from
+  // line to line and from one quarter to the next; two lines of a cut before they are quartered.
   std::vector<Cut> cuts_;
   std::vector<TokenSpan> halves_[2];
-  int64_t largest_product_ = 0, half_stride_ = 0, quarter_stride_ = 0, pair_bytes_ = 0;
+  int64_t half_tokens_ = 0, half_stride_ = 0, quarter_stride_ = 0, pair_bytes_ = 0;
   Products products_;
   int64_t panels_bytes_ = 0, product_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0;
   int64_t packed_bytes_ = 0, pooled_bytes_ = 0, logits_bytes_ = 0;

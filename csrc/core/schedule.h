@@ -41,8 +41,8 @@ struct Step {
     kPatches,    // bands of every image, into y
     kStem,       // panels
     kEmbed,      // bands: both
-    kDepthwise,  // lines
-    kPointwise,  // lines; frozen: panels
+    kDepthwise,  // lines; of Strassen's product: pairs of them, of one cut after the other
+    kPointwise,  // lines; frozen: panels (Strassen's, shared: of one cut after the other)
     kFused,      // lines: kPointwise, then the next block's kDepthwise
     kBand,       // bands: a block whole
     kStore,      // lines

@@ -15,14 +15,15 @@
 // Sums of products stay with the tile that makes them: a step takes them from, and leaves them in, one of two buffers
 // of a panel's size ("kept"), or finishes them. A step does all cuts that a thread has, while its quarter is in L2.
 //
-// Quarters of Y and T lie one after the other, and a line of one has that half of every cut that a thread has: a step
-// reads nothing else of its lines, so what hardware fetches ahead is what comes next. With each cut's Y and T by
-// themselves, both halves in a line, hardware fetched the half that the step does not read, too; of seven quarters that
-// barely fit 2 MB of L2 beside panels that was too much. Frozen networks on an Emerald Rapids, in turns, time of this /
-// of that at batch 8 and 1: 1024/20 0.935 and 0.97, 768/32 0.95 and 0.985, 256/8 0.98 and 0.99 (a part of it: sum_up in
-// product.h). The product alone, cuts of 64 tokens: 768 channels reach 90 % of the multiply-adds' rate instead of 84,
-// 1024 88 instead of 81. Every step for several panels before the next, so that a quarter is read once for all of them,
-// would bring another 1 to 2 % there, for buffers as large as the quarter; not done.
+// Quarters of Y and T lie one after the other, and a line of one has that half of every cut that a thread has (of a
+// group that threads share: of every cut of it, of which a step takes one): it reads nothing else of its lines, so what
+// hardware fetches ahead is what comes next. With each cut's Y and T by themselves, both halves in a line, hardware
+// fetched the half that the step does not read, too; of seven quarters that barely fit 2 MB of L2 beside panels that
+// was too much. Frozen networks on an Emerald Rapids, in turns, time of this / of that at batch 8 and 1: 1024/20 0.935
+// and 0.97, 768/32 0.95 and 0.985, 256/8 0.98 and 0.99 (a part of it: sum_up in product.h). The product alone, cuts of
+// 64 tokens: 768 channels reach 90 % of the multiply-adds' rate instead of 84, 1024 88 instead of 81. Every step for
+// several panels before the next, so that a quarter is read once for all of them, would bring another 1 to 2 % there,
+// for buffers as large as the quarter; not done.
 //
 // Cost: 7/8 of the multiply-adds; 2 % of their number again in vectors kept and taken; sums of Y another 1 %. Memory:
 // with the quarter that only a plain product needs, which images of few tokens get, twice the matrix. Time of whole
