@@ -120,7 +120,8 @@ void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, c
     const QuarterStep& step = steps[i];
     const int channel_half = step.output.channel_half();
     const auto spans = strassen ? o.halves[step.output.token_half()] : std::span<const TokenSpan>(&all, 1);
-    ProductOperands to = o;
+    ProductTarget to = target(w, first + channel_half * net_.vectors(half), o,
+                              i + 1 == steps.size() ? ahead : Ahead{matrix + steps[i + 1].weights * bytes, bytes});
     // Lines of a residual are counted as the output's are; a quarter has half of them.
     if (o.residual && strassen) to.residual = input(step.output) - channel_half * half_lines * o.input_stride;
     k_.panel_product({
@@ -131,8 +132,7 @@ void Products::quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, c
         .input_stride = o.input_stride,
         .spans = spans.data(),
         .spans_count = int64_t(spans.size()),
-        .to = target(w, first + channel_half * net_.vectors(half), to,
-                     i + 1 == steps.size() ? ahead : Ahead{matrix + steps[i + 1].weights * bytes, bytes}),
+        .to = to,
         .from = kept(step.from),
         .keep = kept(step.keep),
         .base = kept(step.base),

@@ -68,7 +68,7 @@ class Runner {
         keeps_y_(frozen_ || shape_.pw_residual),
         line_bytes_(line_stride(schedule_.group * plane_.bytes())),
         products_(network, threads_, plain_ && !Network::reads(k_, shape_, *weights) ? &weights->type : nullptr) {
-    if (strassen_) make_cuts();
+    if (strassen_) make_halves();
   }
 
   void operator()() {
@@ -90,7 +90,8 @@ class Runner {
         team.phase(thread, schedule_.alone, [&](int64_t index) {
           const Group group = group_at(index, segments.size() > 1 ? index : thread, thread);
           for (const Step& step : alone[i]) {
-            for (int64_t item = 0; item < items(step, group); ++item) run_item(step, item, group, thread);
+            const int64_t count = items(step, group);
+            for (int64_t item = 0; item < count; ++item) run_item(step, item, group, thread);
           }
         });
         for (int64_t index = schedule_.alone; index < schedule_.groups; ++index) {
@@ -217,7 +218,7 @@ class Runner {
         return embed(item, group, thread);
       case Step::kDepthwise:
         if (!strassen_) return depthwise(step.block, item, group, thread);
-        return depthwise_pair(step.block, item % (lines_ / 2), cuts_[item / (lines_ / 2)], group.x[0], group.y, thread);
+        return depthwise_pair(step.block, item % (lines_ / 2), item / (lines_ / 2), group.x[0], group.y, thread);
       case Step::kPointwise:
         return pointwise(step.block, item, group, thread);
       case Step::kFused:
@@ -261,46 +262,38 @@ class Runner {
     pack_panels(y, group.count * plane_.tokens(), line, group.panels[d & 1]);
   }
 
-  // What Strassen's product halves the tokens of: a part of an image. Its halves lie beside those of the other cuts
-  // that a product takes.
-  struct Cut {
-    Band band;
-    int64_t image;  // where that begins in a line of x
-    int64_t place;  // where its half begins in a line of a quarter
-  };
   int64_t cuts(const Group& group) const { return group.count * plane_.cuts; }
 
-  // Of all images of a group, or of all bands, which have quarters of their own.
-  void make_cuts() {
+  // The halves of what Strassen's product cuts images into: of all images of a group, or of all bands, which have
+  // quarters of their own. In a line of a quarter they lie side by side.
+  void make_halves() {
     const int64_t most = ceil_div(plane_.largest(plane_.cuts).tokens, 2);
     for (int64_t band = 0; band < bands_; ++band) {
       const int64_t first = plane_.first_cut(band, bands_);
       const int64_t last = bands_ > 1 ? plane_.first_cut(band + 1, bands_) : schedule_.group * plane_.cuts;
       for (int64_t i = first; i < last; ++i) {
-        const int64_t cut = i % plane_.cuts, token = (i - first) * most;
-        cuts_.push_back({plane_.cut(cut, cut + 1), i / plane_.cuts * plane_.bytes(), token * k_.line_bytes});
-        const int64_t tokens = cuts_.back().band.tokens, split = ceil_div(tokens, 2);
-        const int64_t output = cuts_.back().image + cuts_.back().band.offset;
+        const Band cut = plane_.cut(i % plane_.cuts, i % plane_.cuts + 1);
+        const int64_t token = (i - first) * most, split = ceil_div(cut.tokens, 2), output = image_of(i) + cut.offset;
         halves_[0].push_back({token, split, output});
-        halves_[1].push_back({token, tokens - split, output + split * k_.line_bytes});
+        halves_[1].push_back({token, cut.tokens - split, output + split * k_.line_bytes});
         half_tokens_ = std::max(half_tokens_, token + most);
       }
     }
   }
+  // Where the image of a cut of a group begins in a line of x.
+  int64_t image_of(int64_t cut) const { return cut / plane_.cuts * plane_.bytes(); }
 
-  // A line and its partner in the other half of the channels, by quarters.
-  void depthwise_pair(int64_t d, int64_t line, const Cut& cut, const char* x, char* y, int thread) const {
+  // A line and its partner in the other half of the channels, by quarters, of a cut.
+  void depthwise_pair(int64_t d, int64_t line, int64_t cut, const char* x, char* y, int thread) const {
+    const Band band = plane_.cut(cut % plane_.cuts, cut % plane_.cuts + 1);
     char* const pair = y_ + thread * y_bytes_;
-    char* lines[] = {pair, pair + cut.band.bytes};
+    char* lines[] = {pair, pair + band.bytes};
     for (const int64_t half : {0, 1}) {
       const int64_t l = line + half * lines_ / 2;
-      depthwise(d, l, cut.band, x + l * line_bytes_ + cut.image, lines[half], thread);
+      depthwise(d, l, band, x + l * line_bytes_ + image_of(cut), lines[half], thread);
     }
-    k_.token_quarters({{lines[0], lines[1]},
-                       cut.band.tokens,
-                       y + pair_bytes_ + line * half_stride_ + cut.place,
-                       quarter_stride_,
-                       shape_.pw_residual});
+    char* const quarters = y + pair_bytes_ + line * half_stride_ + halves_[0][cut].token * k_.line_bytes;
+    k_.token_quarters({{lines[0], lines[1]}, band.tokens, quarters, quarter_stride_, shape_.pw_residual});
   }
 
   void pack_panels(const char* y, int64_t tokens, int64_t line, char* panels) const {
@@ -352,7 +345,7 @@ class Runner {
     if (strassen_) {
       const int64_t first = plane_.first_cut(item, bands_), last = plane_.first_cut(item + 1, bands_);
       for (int64_t line = 0; line < lines_ / 2; ++line) {
-        for (int64_t i = first; i < last; ++i) depthwise_pair(d, line, cuts_[i], from, y, thread);
+        for (int64_t i = first; i < last; ++i) depthwise_pair(d, line, i, from, y, thread);
       }
       return products_.whole(matrix(d), next_matrix(d), operands(first, last - first, y, to), thread);
     }
@@ -415,9 +408,8 @@ class Runner {
   const int64_t lines_;
   const bool keeps_y_;        // all lines of y are needed at once
   const int64_t line_bytes_;  // of a group, in one line of channels
-  // Of Strassen's product: cuts, and their halves as products take them; tokens of a line of a quarter, at most; from
-  // line to line and from one quarter to the next; two lines of a cut before they are quartered.
-  std::vector<Cut> cuts_;
+  // Of Strassen's product: halves of cuts; tokens of a line of a quarter, at most; from line to line and from one
+  // quarter to the next; two lines of a cut before they are quartered.
   std::vector<TokenSpan> halves_[2];
   int64_t half_tokens_ = 0, half_stride_ = 0, quarter_stride_ = 0, pair_bytes_ = 0;
   Products products_;
