@@ -285,7 +285,9 @@ struct Kernels {
   void (*load)(const External& from, int64_t line, char* blocked_line);
   void (*store)(const char* blocked_line, int64_t line, const External& to);
   void (*load_patches)(const PatchArgs&);
-  void (*pool)(const char* blocked_line, int64_t tokens, char* pooled);  // mean over tokens -> one line entry
+  // Global average pool: a line's tokens are added to floats; of `parts` of these, `stride` apart, one line entry.
+  void (*sum_tokens)(const char* blocked_line, int64_t tokens, float* sums);
+  void (*mean)(const float* sums, int64_t parts, int64_t stride, int64_t tokens, char* pooled);
   // A register-only loop of multiply-adds; returns the floating-point operations it has done.
   double (*multiply_add_loop)(int64_t iterations);
   void (*activate)(Activation, const float* from, float* to, int64_t count);  // for tests of the activations

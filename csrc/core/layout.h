@@ -228,13 +228,21 @@ struct Layout {
 
   // ---- global average pool ----
 
-  static void pool(const char* blocked, int64_t tokens, char* pooled) {
-    for (int64_t v = 0; v < V::kLineVectors; ++v) {
+  // Tokens of a line, added to what `sums` has of it.
+  static void sum_tokens(const char* blocked, int64_t tokens, float* sums) {
+    for (int64_t v = 0; v < V::kLineVectors; ++v, sums += kLanes) {
       F sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};  // four chains hide the latency of the addition
       for (int64_t token = 0; token < tokens; ++token) {
         sum[token & 3] = V::add(sum[token & 3], V::load_chain(blocked + token * kLineBytes + v * kVectorBytes));
       }
-      const F total = V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3]));
+      V::store(sums, V::add(V::load(sums), V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3]))));
+    }
+  }
+
+  static void mean(const float* sums, int64_t parts, int64_t stride, int64_t tokens, char* pooled) {
+    for (int64_t v = 0; v < V::kLineVectors; ++v, sums += kLanes) {
+      F total = V::load(sums);
+      for (int64_t part = 1; part < parts; ++part) total = V::add(total, V::load(sums + part * stride));
       V::store_chain(pooled + v * kVectorBytes, V::mul(total, V::set(1.f / float(tokens))));
     }
   }

@@ -80,7 +80,8 @@ constexpr Kernels make_kernels(const char* name) {
       .load = Layout<V>::load,
       .store = Layout<V>::store,
       .load_patches = Layout<V>::load_patches,
-      .pool = Layout<V>::pool,
+      .sum_tokens = Layout<V>::sum_tokens,
+      .mean = Layout<V>::mean,
       .multiply_add_loop = multiply_add_loop<V>,
       .activate = activate_all<V>,
   };

@@ -62,6 +62,7 @@ std::vector<Step> Schedule::steps(const NetworkShape& shape, const Segment& segm
     steps.push_back({fused && block + 1 < segment.last_block ? Step::kFused : Step::kPointwise, block});
   }
   if (segment.last_block == shape.depth) {
+    if (shape.whole() && bands > 1) steps.push_back({Step::kPoolBand, shape.depth});
     steps.push_back({shape.whole() ? Step::kPool : Step::kStore, shape.depth});
   }
   return steps;

@@ -46,6 +46,7 @@ struct Step {
     kFused,      // lines: kPointwise, then the next block's kDepthwise
     kBand,       // bands: a block whole
     kStore,      // lines
+    kPoolBand,   // bands
     kPool,       // lines
   } kind;
   int64_t block;

@@ -151,7 +151,7 @@ class ConvMixer(Freezable):
         weights = {"patch_embed.conv.weight", "mixer.dw_weight", "mixer.pw_weight", "head.fc.weight"}
         return {name for name, _ in self.named_parameters()} - weights
 
-    def _pack(self) -> Tensor | tuple[PatchEmbed, dict[str, Any], Head]:
+    def _pack(self) -> tuple[Tensor, int] | tuple[PatchEmbed, dict[str, Any], Head]:
         arguments = self.mixer._op_arguments()
         if not self.mixer._has_packed_form(arguments):
             ends = copy.deepcopy(self.patch_embed), copy.deepcopy(self.head)
@@ -162,7 +162,7 @@ class ConvMixer(Freezable):
         assert bn.running_mean is not None  # they are tracked
         assert bn.running_var is not None
         affine = fold_batch_norm(bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps, dim=0)
-        return torch.ops.spin._pack_network(
+        packed = torch.ops.spin._pack_network(
             conv.weight,
             conv.bias,
             affine,
@@ -172,14 +172,21 @@ class ConvMixer(Freezable):
             fc.bias,
             *arguments.values(),
         )
+        return packed, fc.out_features
 
-    def _run_packed(self, image: Tensor, packed: Tensor | tuple[PatchEmbed, dict[str, Any], Head]) -> Tensor:
-        if isinstance(packed, Tensor):
-            return torch.ops.spin._frozen_network(image, packed, self.head.fc.out_features)
+    def _run_packed(
+        self, image: Tensor, packed: tuple[Tensor, int] | tuple[PatchEmbed, dict[str, Any], Head]
+    ) -> Tensor:
+        if len(packed) == 2:
+            return _frozen_network(image, *packed)
         patch_embed, mixer, head = packed
-        # As the packed network does: float32 images are converted, others have the weights' dtype.
-        x = image.to(patch_embed.conv.weight.dtype) if image.dtype == torch.float32 else image
-        return head(self.mixer._run_packed(patch_embed(x), mixer)).to(image.dtype)
+        with torch.no_grad():
+            # As the packed network does: float32 images are converted, others have the weights' dtype.
+            x = image.to(patch_embed.conv.weight.dtype) if image.dtype == torch.float32 else image
+            return head(self.mixer._run_packed(patch_embed(x), mixer)).to(image.dtype)
+
+
+_frozen_network = torch.ops.spin._frozen_network.default
 
 
 @torch.library.register_fake("spin::_frozen_network")

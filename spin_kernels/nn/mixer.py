@@ -270,8 +270,9 @@ class SharedMixer(FromBank, Float32State, Freezable):
 
     def _run_packed(self, x: Tensor, packed: Tensor | dict[str, Any]) -> Tensor:
         if isinstance(packed, Tensor):
-            return torch.ops.spin._frozen_mixer(x, packed)
-        return torch.ops.spin.shared_mixer_block(x, **packed)
+            return _frozen_mixer(x, packed)
+        with torch.no_grad():
+            return torch.ops.spin.shared_mixer_block(x, **packed)
 
     def _float32_state(self) -> Iterable[Tensor | None]:
         yield from (self.dw_affine, self.pw_affine, self.dw_running, self.pw_running)
@@ -291,6 +292,9 @@ class SharedMixer(FromBank, Float32State, Freezable):
             if getattr(self, name):
                 text += f", {name}={getattr(self, name)}"
         return text + ("" if self.dw_bias is not None else ", bias=False")
+
+
+_frozen_mixer = torch.ops.spin._frozen_mixer.default
 
 
 @torch.library.register_fake("spin::_frozen_mixer")
