@@ -163,7 +163,7 @@ struct Depthwise {
   }
 
   template <Activation kActivation>
-  static void rows(const DepthwiseArgs& a, int64_t vector, int64_t first, int64_t last) {
+  static void rows(const DepthwiseArgs& a, int64_t vector, int64_t first, int64_t last, Prefetch (&ahead)[2]) {
     constexpr bool kInRegisters = kActivation == Activation::kRelu || kActivation == Activation::kIdentity;
     constexpr float kLeast = kActivation == Activation::kRelu ? 0.f : -std::numeric_limits<float>::infinity();
     const int64_t k = a.kernel_size, pad = k / 2;
@@ -184,6 +184,7 @@ struct Depthwise {
       const int64_t columns = small + (tile < larger);
       const RowTile function = padded ? nullptr : find_row_tile(k, columns, tile == 0, tile == tiles - 1);
       for (int64_t row = first; row < last; ++row) {
+        for (Prefetch& prefetch : ahead) prefetch.step();
         const int64_t top = row < pad ? 0 : row - pad, bottom = row + pad < a.height ? row + pad + 1 : a.height;
         for (; copied && next_copied < bottom; ++next_copied) {
           const char* from = a.input + next_copied * a.width * kLineBytes + vector * kVectorBytes;
@@ -223,10 +224,13 @@ struct Depthwise {
   static void run(const DepthwiseArgs& a) {
     const bool copied = kWiden || !has_row_tiles(a.kernel_size);
     const int64_t step = copied ? band_rows(a.height, a.width, a.kernel_size) : a.last_row - a.first_row;
+    const int64_t calls = (a.last_row - a.first_row) * V::kLineVectors;
+    Prefetch ahead[] = {{a.ahead[0], calls}, {a.ahead[1], calls}};
     with_activation(a.activation, [&](auto activation) {
       for (int64_t vector = 0; vector < V::kLineVectors; ++vector) {
         for (int64_t first = a.first_row; first < a.last_row; first += step) {
-          rows<decltype(activation)::value>(a, vector, first, first + step < a.last_row ? first + step : a.last_row);
+          rows<decltype(activation)::value>(a, vector, first, first + step < a.last_row ? first + step : a.last_row,
+                                            ahead);
         }
       }
     });

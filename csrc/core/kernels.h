@@ -14,6 +14,7 @@
 //
 // Operands of products have the element type of the chain, but in training with vdpbf16ps: there the chain is float32.
 #pragma once
+#include "prefetch.h"
 #include "types.h"
 
 namespace spin {
@@ -50,8 +51,7 @@ struct ProductTarget {
   char* output;  // first line, first token
   int64_t output_stride;
   Activation activation;
-  const char* prefetch;  // what this core reads next: prefetched meanwhile
-  int64_t prefetch_bytes;
+  Ahead ahead;
 };
 
 // A product for a vector of output channels.
@@ -108,6 +108,7 @@ struct DepthwiseArgs {
   const float* shift;
   Activation activation;
   float* scratch;  // depthwise_scratch() floats
+  Ahead ahead[2] = {};
 };
 
 // Rows of a matrix: W = sum_t coefficients[t] * templates[t], or templates[0], in the element type of the operands.

@@ -232,9 +232,15 @@ struct Layout {
   static void sum_tokens(const char* blocked, int64_t tokens, float* sums) {
     for (int64_t v = 0; v < V::kLineVectors; ++v, sums += kLanes) {
       F sum[4] = {V::zero(), V::zero(), V::zero(), V::zero()};  // four chains hide the latency of the addition
-      for (int64_t token = 0; token < tokens; ++token) {
-        sum[token & 3] = V::add(sum[token & 3], V::load_chain(blocked + token * kLineBytes + v * kVectorBytes));
+      auto add = [&](F& sum, int64_t token) __attribute__((always_inline)) {
+        sum = V::add(sum, V::load_chain(blocked + token * kLineBytes + v * kVectorBytes));
+      };
+      int64_t token = 0;
+      for (; token + 4 <= tokens; token += 4) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) add(sum[i], token + i);
       }
+      for (int i = 0; token < tokens; ++i, ++token) add(sum[i], token);
       V::store(sums, V::add(V::load(sums), V::add(V::add(sum[0], sum[1]), V::add(sum[2], sum[3]))));
     }
   }

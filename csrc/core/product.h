@@ -79,21 +79,6 @@ struct Product {
     }
   }
 
-  struct Prefetch {
-    const char* next;
-    const char* end;
-    int64_t lines_per_step;
-    SPIN_INLINE Prefetch(const ProductTarget& to, int64_t steps)
-        : next(to.prefetch),
-          end(to.prefetch + to.prefetch_bytes),
-          lines_per_step(ceil_div(to.prefetch_bytes / kCacheLine, steps)) {}
-    SPIN_INLINE void step() {
-      for (int64_t i = 0; i < lines_per_step && next < end; ++i, next += kCacheLine) {
-        __builtin_prefetch(next, 0, 3);
-      }
-    }
-  };
-
   // Of vector v and some tokens, the first of them `output` bytes into a line of the output; the sums of a token are
   // `stride` floats after those of the one before.
   static SPIN_INLINE EpilogueArgs epilogue_args(const ProductTarget& to, int64_t v, int64_t token, int64_t output,
@@ -236,7 +221,7 @@ struct Product {
     alignas(64) float sums[V::kPanelVectors * V::kLanes * V::kLanes];
     const Panels panels(a.tokens, V::kLanes, V::kPanelVectors);
     const int64_t lines = ceil_div(a.input_channels, kLineChannels);
-    Prefetch prefetch(a.to, panels.count * ceil_div(a.output_channels, V::kTileRows) * lines);
+    Prefetch prefetch(a.to.ahead, panels.count * ceil_div(a.output_channels, V::kTileRows) * lines);
     with_activation(a.to.activation, [&](auto activation) {
       for (int64_t p = 0; p < panels.count; ++p) {
         const int64_t first = panels.begin(p), vectors = panels.begin(p + 1) - first;
@@ -328,7 +313,7 @@ struct Product {
   static void run_panel(const PanelProductArgs& a) {
     int64_t all_tiles = 0;
     for (int64_t s = 0; s < a.spans_count; ++s) all_tiles += ceil_div(a.spans[s].tokens, V::kTileRows);
-    Prefetch prefetch(a.to, all_tiles * ceil_div(a.input_channels, kLineChannels));
+    Prefetch prefetch(a.to.ahead, all_tiles * ceil_div(a.input_channels, kLineChannels));
     with_activation(a.to.activation, [&](auto activation) {
       for (int64_t s = 0; s < a.spans_count; ++s) {
         const TokenSpan& span = a.spans[s];

@@ -51,8 +51,7 @@ ProductTarget Products::target(const Pointwise& w, int64_t first_vector, const P
       .output = o.output,
       .output_stride = o.output_stride,
       .activation = o.activation,
-      .prefetch = ahead.data,
-      .prefetch_bytes = ahead.bytes,
+      .ahead = ahead,
   };
 }
 

@@ -48,11 +48,6 @@ class Products {
   }
 
  private:
-  // What this thread reads next.
-  struct Ahead {
-    const char* data;
-    int64_t bytes;
-  };
   void rows(const Pointwise& w, const Pointwise& next, int64_t vector, const ProductOperands& o, int thread) const;
   void panel(const Pointwise& w, int64_t panel, const Ahead& ahead, const ProductOperands& o) const;
   void quarters(const Pointwise& w, int64_t panel, const Ahead& ahead, const ProductOperands& o, int thread) const;

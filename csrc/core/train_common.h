@@ -227,8 +227,7 @@ class Training {
                .output = output,
                .output_stride = 0,
                .activation = Activation::kIdentity,
-               .prefetch = rows.first + channels_of(line) * rows.stride,
-               .prefetch_bytes = next * rows.stride},
+               .ahead = {rows.first + channels_of(line) * rows.stride, next * rows.stride}},
     });
   }
 
