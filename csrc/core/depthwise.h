@@ -199,23 +199,33 @@ struct Depthwise {
         }
         const float* input = source + (top - first_copied) * stride + column * V::kLanes;
         const float* used = taps + (top + pad - row) * steps * V::kLanes;
-        const int64_t token = row * a.width + column;
-        const EpilogueArgs finish{sums,
-                                  V::kLanes,
-                                  columns,
-                                  nullptr,
-                                  nullptr,
-                                  a.scale + vector * V::kLanes,
-                                  a.shift + vector * V::kLanes,
-                                  a.residual ? a.residual + token * kLineBytes + vector * kVectorBytes : nullptr,
-                                  a.output + (token - a.first_row * a.width) * kLineBytes + vector * kVectorBytes,
-                                  kLineBytes};
+        const int64_t token = row * a.width + column, place = token - a.first_row * a.width;
+        const int64_t before_split = a.split > place && a.split < place + columns ? a.split - place : columns;
+        EpilogueArgs finish{
+            sums,
+            V::kLanes,
+            before_split,
+            nullptr,
+            nullptr,
+            a.scale + vector * V::kLanes,
+            a.shift + vector * V::kLanes,
+            a.residual ? a.residual + token * kLineBytes + vector * kVectorBytes : nullptr,
+            (place < a.split ? a.output + place * kLineBytes : a.second + (place - a.split) * kLineBytes) +
+                vector * kVectorBytes,
+            kLineBytes};
+        const bool in_registers = kInRegisters && !padded && before_split == columns;
         if (padded) {
           padded_tile<8>(input - pad * V::kLanes, stride, k, bottom - top, used, bias, sums);
         } else {
-          function(input, stride, bottom - top, used, bias, sums, kLeast, kInRegisters ? &finish : nullptr);
+          function(input, stride, bottom - top, used, bias, sums, kLeast, in_registers ? &finish : nullptr);
         }
-        if (padded || !kInRegisters) epilogue<V, kActivation, true, V>(finish);
+        if (in_registers) continue;
+        for (int64_t done = 0; done < columns; finish.rows = columns - done) {
+          epilogue<V, kActivation, true, V>(finish);
+          done += finish.rows;
+          finish.sums += finish.rows * V::kLanes, finish.output = a.second + vector * kVectorBytes;
+          if (finish.residual) finish.residual += finish.rows * kLineBytes;
+        }
       }
       column += columns;
     }

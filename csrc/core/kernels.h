@@ -90,7 +90,7 @@ struct PanelProductArgs {
   SPIN_INLINE bool finished() const { return base || !keep; }
 };
 
-struct TokenQuartersArgs;  // strassen.h
+struct TokenSumsArgs;  // strassen.h
 
 // Sizes with kernels of their own (depthwise.h).
 constexpr bool has_row_tiles(int64_t kernel_size) { return kernel_size >= 3 && kernel_size <= 9; }
@@ -109,6 +109,8 @@ struct DepthwiseArgs {
   Activation activation;
   float* scratch;  // depthwise_scratch() floats
   Ahead ahead[2] = {};
+  int64_t split = INT64_MAX;  // from this token of the output on they go to `second`
+  char* second = nullptr;
 };
 
 // Rows of a matrix: W = sum_t coefficients[t] * templates[t], or templates[0], in the element type of the operands.
@@ -275,8 +277,8 @@ struct Kernels {
   DType chain;         // element type of the activations between blocks
   DType operand = {};  // of matrices and panels
   void (*product)(const ProductArgs&) = nullptr;
-  void (*panel_product)(const PanelProductArgs&) = nullptr;    // null where operands are not the chain's
-  void (*token_quarters)(const TokenQuartersArgs&) = nullptr;  // likewise, and in float32 only
+  void (*panel_product)(const PanelProductArgs&) = nullptr;  // null where operands are not the chain's
+  void (*token_sums)(const TokenSumsArgs&) = nullptr;        // likewise, and in float32 only
   void (*depthwise)(const DepthwiseArgs&);
   int64_t (*depthwise_scratch)(int64_t height, int64_t width, int64_t kernel_size);
   void (*pack_panels)(const PackPanelsArgs&) = nullptr;

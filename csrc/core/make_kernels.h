@@ -54,8 +54,7 @@ constexpr void set_products(Kernels& kernels) {
   kernels.operand = Operand::kChain;
   kernels.product = Product<Operand, V>::run;
   if constexpr (Operand::kChain == V::kChain) kernels.panel_product = Product<Operand, V>::run_panel;
-  if constexpr (Operand::kChain == V::kChain && V::kChain == DType::kFloat32)
-    kernels.token_quarters = token_quarters<V>;
+  if constexpr (Operand::kChain == V::kChain && V::kChain == DType::kFloat32) kernels.token_sums = token_sums<V>;
   kernels.pack_panels = Product<Operand, V>::pack_panels;
   kernels.pack_rows = Layout<Operand>::pack_rows;
   if constexpr (V::kChain == DType::kFloat32) {

@@ -14,8 +14,8 @@ Network::Network(const Kernels& kernels, NetworkShape shape, int64_t slots, Matr
     : kernels_(&kernels), shape_(std::move(shape)), form_(form) {
   const NetworkShape& s = shape_;
   const int64_t channels = padded(s.channels);
-  quartered_ = form == MatrixForm::kQuarters && kernels.token_quarters &&
-               s.channels % (2 * kernels.line_channels) == 0 && s.channels >= kStrassenChannels;
+  quartered_ = form == MatrixForm::kQuarters && kernels.token_sums && s.channels % (2 * kernels.line_channels) == 0 &&
+               s.channels >= kStrassenChannels;
   auto place = [&](int64_t bytes) {
     const int64_t offset = bytes_;
     bytes_ += round_up(bytes, kCacheLine);

@@ -124,8 +124,7 @@ class Runner {
     if (strassen_) {
       half_stride_ = line_stride(half_tokens_ * k_.line_bytes);
       quarter_stride_ = line_stride(lines_ / 2 * half_stride_);
-      pair_bytes_ = 2 * plane_.largest(plane_.cuts).bytes;
-      y_bytes_ = std::max(y_bytes_, pair_bytes_ + kTokenQuarters * quarter_stride_ + ahead * half_stride_);
+      y_bytes_ = std::max(y_bytes_, kTokenQuarters * quarter_stride_ + ahead * half_stride_);
     }
     panels_bytes_ = frozen_ ? 0 : lines_ * round_up(tokens, k_.lanes) * k_.line_bytes;
     scratch_bytes_ = round_up(k_.depthwise_scratch(plane_.height, plane_.width, shape_.kernel_size) * 4, kCacheLine);
@@ -324,15 +323,14 @@ class Runner {
   void depthwise_pair(int64_t d, int64_t line, int64_t cut, const char* x, char* y, int thread,
                       const Band* owned = nullptr) const {
     const Band band = plane_.cut(cut % plane_.cuts, cut % plane_.cuts + 1);
-    char* const pair = y_ + thread * y_bytes_;
-    char* lines[] = {pair, pair + band.bytes};
+    char* const quarters = y + line * half_stride_ + halves_[0][cut].token * k_.line_bytes;
     for (const int64_t half : {0, 1}) {
       const int64_t l = line + half * lines_ / 2;
-      depthwise(d, l, band, x + l * line_bytes_ + image_of(cut), lines[half], thread,
-                line + 1 < lines_ / 2 ? owned : nullptr);
+      char* const to = quarters + (half ? k21 : k11).number * quarter_stride_;
+      depthwise(d, l, band, x + l * line_bytes_ + image_of(cut), to, thread, line + 1 < lines_ / 2 ? owned : nullptr,
+                halves_[0][cut].tokens, to + quarter_stride_);
     }
-    char* const quarters = y + pair_bytes_ + line * half_stride_ + halves_[0][cut].token * k_.line_bytes;
-    k_.token_quarters({{lines[0], lines[1]}, band.tokens, quarters, quarter_stride_, shape_.pw_residual});
+    k_.token_sums({band.tokens, quarters, quarter_stride_});
   }
 
   void pack_panels(const char* y, int64_t tokens, int64_t line, char* panels) const {
@@ -344,7 +342,7 @@ class Runner {
   // 0.997, 1024/20 0.992 to 0.995, 768/32 0.98 to 0.99 (all of it at once: 1.00 to 1.02). What others read and write
   // still costs 256/8 2 %: that much less takes a run in which no thread reads another's rows.
   void depthwise(int64_t d, int64_t line, const Band& band, const char* x, char* y, int thread,
-                 const Band* owned = nullptr) const {
+                 const Band* owned = nullptr, int64_t split = INT64_MAX, char* second = nullptr) const {
     const Network::Depthwise w = net_.depthwise(d, line);
     const int64_t pad = shape_.kernel_size / 2;
     auto of_next = [&](int64_t first, int64_t last) -> Ahead {
@@ -368,7 +366,9 @@ class Runner {
                   w.shift,
                   shape_.activation,
                   reinterpret_cast<float*>(scratch_ + thread * scratch_bytes_),
-                  {above, below}});
+                  {above, below},
+                  split,
+                  second});
   }
 
   // Part of the output channels of all tokens.
@@ -390,12 +390,11 @@ class Runner {
   }
   // Of some cuts' quarters.
   ProductOperands operands(int64_t first_cut, int64_t count, const char* y, char* x) const {
-    const char* quarters = y + pair_bytes_;
     auto of_cuts = [&](const std::vector<TokenSpan>& half) { return std::span(half).subspan(first_cut, count); };
-    return {quarters,
+    return {y,
             half_stride_,
             0,
-            shape_.pw_residual ? quarters : nullptr,
+            shape_.pw_residual ? y : nullptr,
             half_stride_,
             x,
             line_bytes_,
@@ -473,9 +472,9 @@ class Runner {
   const bool keeps_y_;        // all lines of y are needed at once
   const int64_t line_bytes_;  // of a group, in one line of channels
   // Of Strassen's product: halves of cuts; tokens of a line of a quarter, at most; from line to line and from one
-  // quarter to the next; two lines of a cut before they are quartered.
+  // quarter to the next.
   std::vector<TokenSpan> halves_[2];
-  int64_t half_tokens_ = 0, half_stride_ = 0, quarter_stride_ = 0, pair_bytes_ = 0;
+  int64_t half_tokens_ = 0, half_stride_ = 0, quarter_stride_ = 0;
   Products products_;
   int64_t panels_bytes_ = 0, product_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0;
   int64_t packed_bytes_ = 0, sums_bytes_ = 0, pooled_bytes_ = 0, logits_bytes_ = 0;

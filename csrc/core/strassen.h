@@ -25,6 +25,11 @@
 // several panels before the next, so that a quarter is read once for all of them, would bring another 1 to 2 % there,
 // for buffers as large as the quarter; not done.
 //
+// The depthwise leaves Y in quarters itself, half of a line's tokens in each. With its lines in a buffer first, and
+// quarters copied from there, stores that miss L1 came in bursts of 200, which hold up the next line: 256/8 takes 0.985
+// (batch 1) and 0.989 (batch 8) of that, 768/32 and 1024/20 1.00. (Sums of one pair made between rows of the next pair:
+// 0.99 to 1.00, for more code.)
+//
 // Cost: 7/8 of the multiply-adds; 2 % of their number again in vectors kept and taken; sums of Y another 1 %. Memory:
 // with the quarter that only a plain product needs, which images of few tokens get, twice the matrix. Time of whole
 // networks, medians in turns: 768/32 and 1024/20 on a Zen 5 processor at batch 8 0.92 to 0.96, with AVX2 kernels there
@@ -39,6 +44,8 @@
 // (6.2e-7, 7.3e-7). In bfloat16 Strassen's own sums of two cost 1.1 to 1.4 times the error of the logits, for 0.94
 // to 1.1 of the time.
 #pragma once
+#include <initializer_list>
+
 #include "kernels.h"
 
 namespace spin {
@@ -81,13 +88,11 @@ constexpr QuarterStep kPlainSteps[] = {
     {.weights = kW21, .input = k11, .base = 0, .output = k21},
 };
 
-// Quarters of two lines of Y, half of the lines apart, and their sums T.
-struct TokenQuartersArgs {
-  const char* lines[2];
+// Quarters of a line of Y and of its partner, half of the lines further, are there; T is not.
+struct TokenSumsArgs {
   int64_t tokens;
   char* quarters;  // a line of the first; the others follow, each `stride` bytes after the one before
   int64_t stride;
-  bool keeps_y12;  // which no product reads
 };
 
 // The cuts of an image, the same whoever takes them, so that results do not depend on threads. Up to four of 64 tokens
@@ -99,23 +104,21 @@ inline int64_t strassen_cuts(int64_t height, int64_t width) {
 }
 
 template <class V>
-void token_quarters(const TokenQuartersArgs& a) {
+void token_sums(const TokenSumsArgs& a) {
   constexpr int64_t kLineBytes = V::kLanes * sizeof(float);
-  const int64_t half = ceil_div(a.tokens, 2) * kLineBytes, end = a.tokens * kLineBytes;
-  for (int64_t left = 0; left < half; left += kLineBytes) {
-    const bool both = half + left < end;
-    const auto y11 = V::load(a.lines[0] + left), y12 = both ? V::load(a.lines[0] + half + left) : V::zero();
-    const auto y21 = V::load(a.lines[1] + left), y22 = both ? V::load(a.lines[1] + half + left) : V::zero();
+  auto at = [&a](Place place, int64_t token) { return a.quarters + place.number * a.stride + token * kLineBytes; };
+  const int64_t half = ceil_div(a.tokens, 2);
+  if (a.tokens % 2) {
+    for (const Place place : {k12, k22}) V::store(at(place, half - 1), V::zero());
+  }
+  for (int64_t t = 0; t < half; ++t) {
+    const auto y11 = V::load(at(k11, t)), y12 = V::load(at(k12, t)), y21 = V::load(at(k21, t)),
+               y22 = V::load(at(k22, t));
     const auto t1 = V::sub(y12, y11), t2 = V::sub(y22, t1);
-    auto store = [&](Place to, auto x) { V::store(a.quarters + to.number * a.stride + left, x); };
-    store(k11, y11);
-    if (a.keeps_y12) store(k12, y12);
-    store(k21, y21);
-    store(k22, y22);
-    store(kT1, t1);
-    store(kT2, t2);
-    store(kT3, V::sub(y22, y12));
-    store(kT4, V::sub(y21, t2));
+    V::store(at(kT1, t), t1);
+    V::store(at(kT2, t), t2);
+    V::store(at(kT3, t), V::sub(y22, y12));
+    V::store(at(kT4, t), V::sub(y21, t2));
   }
 }
 
