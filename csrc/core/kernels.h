@@ -51,7 +51,7 @@ struct ProductTarget {
   char* output;  // first line, first token
   int64_t output_stride;
   Activation activation;
-  Ahead ahead;
+  Ahead ahead;  // asked for meanwhile
 };
 
 // A product for a vector of output channels.
@@ -107,8 +107,8 @@ struct DepthwiseArgs {
   const float* scale;
   const float* shift;
   Activation activation;
-  float* scratch;  // depthwise_scratch() floats
-  Ahead ahead[2] = {};
+  float* scratch;             // depthwise_scratch() floats
+  Ahead ahead[2] = {};        // asked for meanwhile
   int64_t split = INT64_MAX;  // from this token of the output on they go to `second`
   char* second = nullptr;
 };

@@ -406,10 +406,11 @@ class Runner {
   void block(int64_t d, int64_t item, const Group& group, int thread) const {
     char *from = group.x[d & 1], *to = group.x[(d + 1) & 1], *y = y_ + thread * y_bytes_;
     const Band band = plane_.band(item, bands_);
+    const Band* const owned = group.shared ? &band : nullptr;
     if (strassen_) {
       const int64_t first = plane_.first_cut(item, bands_), last = plane_.first_cut(item + 1, bands_);
       for (int64_t line = 0; line < lines_ / 2; ++line) {
-        for (int64_t i = first; i < last; ++i) depthwise_pair(d, line, i, from, y, thread, &band);
+        for (int64_t i = first; i < last; ++i) depthwise_pair(d, line, i, from, y, thread, owned);
       }
       return products_.whole(matrix(d), next_matrix(d), operands(first, last - first, y, to), thread);
     }
@@ -417,7 +418,7 @@ class Runner {
     char* panels = panels_ + thread * panels_bytes_;
     for (int64_t line = 0; line < lines_; ++line) {
       char* y_line = keeps_y_ ? y + line * stride : y;
-      depthwise(d, line, band, from + line * line_bytes_, y_line, thread, line + 1 < lines_ ? &band : nullptr);
+      depthwise(d, line, band, from + line * line_bytes_, y_line, thread, line + 1 < lines_ ? owned : nullptr);
       pack_panels(y_line, band.tokens, line, panels);
     }
     const ProductOperands o{
