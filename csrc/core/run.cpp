@@ -27,6 +27,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "classifier.h"
 #include "products.h"
 #include "schedule.h"
 #include "workspace.h"
@@ -68,7 +69,8 @@ class Runner {
         lines_(net_.lines(shape_.channels)),
         keeps_y_(frozen_ || shape_.pw_residual),
         line_bytes_(line_stride(schedule_.group * plane_.bytes())),
-        products_(network, threads_, plain_ && !Network::reads(k_, shape_, *weights) ? &weights->type : nullptr) {
+        products_(network, threads_, plain_ && !Network::reads(k_, shape_, *weights) ? &weights->type : nullptr),
+        classifier_(network, plane_, bands_, batch, threads_) {
     if (strassen_) make_halves();
   }
 
@@ -102,7 +104,7 @@ class Runner {
           }
         }
       }
-      if (shape_.whole()) classify(team, thread);
+      if (shape_.whole()) classifier_.classify(team, thread, products_);
     });
   }
 
@@ -129,12 +131,9 @@ class Runner {
     panels_bytes_ = frozen_ ? 0 : lines_ * round_up(tokens, k_.lanes) * k_.line_bytes;
     scratch_bytes_ = round_up(k_.depthwise_scratch(plane_.height, plane_.width, shape_.kernel_size) * 4, kCacheLine);
     packed_bytes_ = weights_ ? round_up(net_.bytes(), kCacheLine) : 0;
-    sums_bytes_ = shape_.whole() ? (bands_ > 1 ? plane_.cuts : 1) * lines_ * k_.line_channels * 4 : 0;
-    pooled_bytes_ = shape_.whole() ? lines_ * batch_.size * k_.line_bytes : 0;
-    logits_bytes_ = shape_.whole() ? net_.lines(shape_.classes) * batch_.size * k_.line_bytes : 0;
     return packed_bytes_ + places * x_count_ * x_bytes_ +
-           threads_ * (y_bytes_ + panels_bytes_ + product_bytes_ + scratch_bytes_ + sums_bytes_) + pooled_bytes_ +
-           logits_bytes_;
+           threads_ * (y_bytes_ + panels_bytes_ + product_bytes_ + scratch_bytes_) +
+           (shape_.whole() ? classifier_.bytes() : 0);
   }
 
   void place(char* memory, int64_t places) {
@@ -146,9 +145,7 @@ class Runner {
     panels_ = take(threads_ * panels_bytes_);
     products_.bind(take(threads_ * product_bytes_), product_bytes_);
     scratch_ = take(threads_ * scratch_bytes_);
-    sums_ = take(threads_ * sums_bytes_);
-    pooled_ = take(pooled_bytes_);
-    logits_ = take(logits_bytes_);
+    if (shape_.whole()) classifier_.bind(memory);
   }
 
   // ---- phases ----
@@ -173,7 +170,7 @@ class Runner {
                  {x, x + (x_count_ - 1) * x_bytes_},
                  y_ + thread * y_bytes_,
                  {panels, shared ? panels + panels_bytes_ : panels},
-                 reinterpret_cast<float*>(sums_ + thread * sums_bytes_)};
+                 shape_.whole() ? classifier_.sums(thread) : nullptr};
   }
 
   int64_t items(const Step& step, const Group& group) const {
@@ -207,9 +204,9 @@ class Runner {
         for (int64_t i = 0; i < group.count; ++i) k_.store(x() + i * plane_.bytes(), item, output(group.first + i));
         return;
       case Step::kPoolBand:
-        return pool_band(step.block, item, group);
+        return classifier_.pool_band(item, group.x[step.block & 1], line_bytes_, group.sums);
       case Step::kPool:
-        return pool(item, group);
+        return classifier_.pool(item, group.x[0] + item * line_bytes_, group.first, group.count, group.sums);
       case Step::kPatches: {
         const int64_t bands = patch_bands(group), image = item / bands;
         const Band band = patch_band(item % bands, bands);
@@ -253,39 +250,6 @@ class Runner {
     const ProductOperands o{patches,     stride,           band.tokens, nullptr, 0, group.x[0] + band.offset,
                             line_bytes_, shape_.activation};
     products_.whole(net_.stem(), after_stem(), o, thread);
-  }
-
-  // The mean over an image is that of sums of its cuts, whoever takes them. Bands leave theirs, so that nobody reads
-  // lines that others have written (256/8 at batch 1 on an Emerald Rapids: 0.4 % of a call).
-  void pool_band(int64_t d, int64_t item, const Group& group) const {
-    for (int64_t cut = plane_.first_cut(item, bands_); cut < plane_.first_cut(item + 1, bands_); ++cut) {
-      for (int64_t line = 0; line < lines_; ++line) {
-        float* const to = sums(cut, line, group);
-        std::fill_n(to, k_.line_channels, 0.f);
-        sum_tokens(cut, group.x[d & 1] + line * line_bytes_, to);
-      }
-    }
-  }
-  void pool(int64_t line, const Group& group) const {
-    const int64_t stride = lines_ * k_.line_channels;
-    for (int64_t i = 0; i < group.count; ++i) {
-      float* const to = sums(0, line, group);
-      if (bands_ == 1) {
-        std::fill_n(to, k_.line_channels, 0.f);
-        for (int64_t cut = 0; cut < plane_.cuts; ++cut) {
-          sum_tokens(cut, group.x[0] + line * line_bytes_ + i * plane_.bytes(), to);
-        }
-      }
-      k_.mean(to, bands_ > 1 ? plane_.cuts : 1, stride, plane_.tokens(),
-              pooled_ + (line * batch_.size + group.first + i) * k_.line_bytes);
-    }
-  }
-  float* sums(int64_t cut, int64_t line, const Group& group) const {
-    return group.sums + (cut * lines_ + line) * k_.line_channels;
-  }
-  void sum_tokens(int64_t cut, const char* line, float* to) const {
-    const Band band = plane_.cut(cut, cut + 1);
-    k_.sum_tokens(line + band.offset, band.tokens, to);
   }
 
   // A line of y, of all rows of all images, and its place in the panels if there are any.
@@ -433,18 +397,6 @@ class Runner {
   Pointwise after_stem() const { return shape_.depth > 0 ? matrix(0) : net_.stem(); }
   Pointwise next_matrix(int64_t d) const { return matrix(std::min(d + 1, shape_.depth - 1)); }
 
-  // The classifier: one product whose tokens are the images of the batch.
-  void classify(Team& team, int thread) const {
-    const Pointwise w = net_.head();
-    const int64_t stride = batch_.size * k_.line_bytes;
-    const ProductOperands o{pooled_, stride, batch_.size, nullptr, 0, logits_, stride, Activation::kIdentity};
-    team.phase(thread, products_.parts(w, o, true), [&](int64_t part) { products_.part(w, w, part, o, true, thread); });
-    External to = batch_.output;
-    to.channels = shape_.classes, to.height = 1, to.width = batch_.size;
-    to.channel_stride = 1, to.row_stride = 0, to.column_stride = batch_.output_stride;
-    team.phase(thread, net_.lines(shape_.classes), [&](int64_t line) { k_.store(logits_ + line * stride, line, to); });
-  }
-
   External input(int64_t image) const {
     External t = batch_.input;
     t.data += image * batch_.input_stride * size_of(t.type);
@@ -477,10 +429,10 @@ class Runner {
   std::vector<TokenSpan> halves_[2];
   int64_t half_tokens_ = 0, half_stride_ = 0, quarter_stride_ = 0;
   Products products_;
-  int64_t panels_bytes_ = 0, product_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0;
-  int64_t packed_bytes_ = 0, sums_bytes_ = 0, pooled_bytes_ = 0, logits_bytes_ = 0;
-  char *x_ = nullptr, *y_ = nullptr, *panels_ = nullptr, *scratch_ = nullptr, *sums_ = nullptr, *pooled_ = nullptr,
-       *logits_ = nullptr;
+  Classifier classifier_;
+  int64_t panels_bytes_ = 0, product_bytes_ = 0, x_bytes_ = 0, x_count_ = 1, y_bytes_ = 0, scratch_bytes_ = 0,
+          packed_bytes_ = 0;
+  char *x_ = nullptr, *y_ = nullptr, *panels_ = nullptr, *scratch_ = nullptr;
 };
 
 }  // namespace
