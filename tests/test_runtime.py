@@ -384,12 +384,13 @@ def test_low_precision_outputs_overflow_and_underflow_as_they_round(isa: str) ->
 
 def test_features() -> None:
     features = runtime.cpu_features()
-    assert set(features["isas"]) <= {"portable", "avx2", "avx512", "avx512_bf16"}
+    assert set(features["isas"]) <= {"portable", "avx2", "avx512", "avx512_bf16", "amx"}
     assert features["isas"][0] == "portable"
     assert {features["float32_kernels"], features["bfloat16_kernels"]} <= set(features["isas"])
     assert ("avx2" in ISAS) <= features["avx2_fma"]
     assert ("avx512" in ISAS) <= features["avx512"]
     assert ("avx512_bf16" in ISAS) <= features["avx512_bf16"]
+    assert ("amx" in ISAS) <= features["amx_bf16"]
 
 
 def test_measure_peaks() -> None:

@@ -2,11 +2,35 @@
 
 #include <unistd.h>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 
 namespace spin {
+namespace {
+
+#if defined(__x86_64__)
+// A system gives the state of tiles, 8 KB per thread, to processes that ask for it. They need not be on Linux 5.16 or
+// newer: an older one has no such call, and no tiles.
+bool may_use_tiles() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTiles)) != (kBf16 | kTiles)) return false;
+#if defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+}  // namespace
 
 const CpuFeatures& cpu_features() {
   static const CpuFeatures features = [] {
@@ -20,13 +44,14 @@ const CpuFeatures& cpu_features() {
         .avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"),
         .avx512_bf16 = bool(__builtin_cpu_supports("avx512bf16")),
+        .amx_bf16 = may_use_tiles(),
         // Zen 3 and 4: 24 lines. Bursts of 4 KB from 20 places of memory, asked for two ahead by two cores of a Zen 4,
         // come with 21 to 25 GB/s where that is L1 and with 27 to 30 where it is L2. On a Zen 5 it is the other way
         // round.
         .few_l1_misses = bool(__builtin_cpu_is("amdfam19h")),
     };
 #else
-    return CpuFeatures{"other", false, false, false, false};
+    return CpuFeatures{"other", false, false, false, false, false};
 #endif
   }();
   return features;
@@ -52,6 +77,7 @@ std::vector<std::string> available_isas() {
   if (cpu.avx2_fma && kernels_avx2()) names.push_back("avx2");
   if (cpu.avx512 && kernels_avx512()) names.push_back("avx512");
   if (cpu.avx512 && cpu.avx512_bf16 && kernels_avx512_bf16()) names.push_back("avx512_bf16");
+  if (cpu.avx512 && cpu.avx512_bf16 && cpu.amx_bf16 && kernels_amx()) names.push_back("amx");
   return names;
 }
 
@@ -70,14 +96,16 @@ const Kernels& select_kernels(DType type, const std::string& isa) {
     throw std::runtime_error("SPIN_CPU_ISA: expected one of " + list + " on this processor, got '" + chosen +
                              "'; unset it or choose one of these");
   }
+  if (chosen == "amx" && type == DType::kBFloat16) return *kernels_amx();
   if (chosen == "avx512_bf16") return type == DType::kBFloat16 ? *kernels_avx512_bf16() : *kernels_avx512();
-  if (chosen == "avx512") return *kernels_avx512();
+  if (chosen == "avx512" || chosen == "amx") return *kernels_avx512();
   if (chosen == "avx2") return *kernels_avx2();
   return *kernels_portable();
 }
 
 const Kernels& select_training_kernels(DType type, const std::string& isa) {
   const Kernels& kernels = select_kernels(type, isa);
+  if (&kernels == kernels_amx()) return *kernels_avx512();
   return kernels.chain == DType::kFloat32 ? kernels : *kernels_avx512_bf16_training();
 }
 

@@ -10,6 +10,7 @@ namespace spin {
 struct CpuFeatures {
   std::string vendor;  // "intel", "amd" or "other"
   bool avx2_fma, avx512, avx512_bf16;
+  bool amx_bf16;       // and the system lets this process use it
   bool few_l1_misses;  // at a time: what is asked for far ahead had better stop in L2
 };
 const CpuFeatures& cpu_features();

@@ -32,7 +32,7 @@ struct Depthwise {
   static constexpr int64_t kVectorBytes = V::kLanes * (V::kChain == DType::kFloat32 ? 4 : 2);
   static constexpr int64_t kLineBytes = kVectorBytes * V::kLineVectors;
   static constexpr bool kWiden = V::kChain != DType::kFloat32;
-  static constexpr int kStep = V::kLineVectors;        // taps that a step takes in a row tile
+  static constexpr int kStep = V::kTapStep;            // taps that a step takes in a row tile
   static constexpr int64_t kScratchBytes = 128 << 10;  // a share of L2
 
   // ---- k in {3, 5, 7, 9}: kColumns outputs in registers, the padding at the edges compiled away ----
@@ -175,7 +175,7 @@ struct Depthwise {
     const float* bias = a.bias + vector * V::kLanes;
     alignas(64) float sums[(V::kRowColumns > 8 ? V::kRowColumns : 8) * V::kLanes];
     // The plane itself, or copies of its rows from first_copied on, each made before the first tile that reads it.
-    const int64_t left = padded ? pad : copied;  // columns of a copied row before column 0
+    const int64_t left = padded ? pad : kStep - 1;  // columns of a copied row before column 0
     const int64_t stride = (a.width + (padded ? 2 * pad : left)) * V::kLanes;
     const int64_t first_copied = copied && first > pad ? first - pad : 0;
     const float* source = copied ? a.scratch + left * V::kLanes : reinterpret_cast<const float*>(a.input);
@@ -195,7 +195,7 @@ struct Depthwise {
               continue;
             }
           }
-          widen(from, a.width, pad, to);
+          widen(from, a.width, padded ? pad : 0, to);
         }
         const float* input = source + (top - first_copied) * stride + column * V::kLanes;
         const float* used = taps + (top + pad - row) * steps * V::kLanes;

@@ -276,6 +276,9 @@ struct Kernels {
   int64_t line_bytes;
   DType chain;         // element type of the activations between blocks
   DType operand = {};  // of matrices and panels
+  // Where products need a state of the thread: before its first and after its last.
+  void (*enter)() = nullptr;
+  void (*leave)() = nullptr;
   void (*product)(const ProductArgs&) = nullptr;
   void (*panel_product)(const PanelProductArgs&) = nullptr;  // null where operands are not the chain's
   void (*token_sums)(const TokenSumsArgs&) = nullptr;        // likewise, and in float32 only
@@ -316,5 +319,6 @@ const Kernels* kernels_avx2();
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx512_bf16();
 const Kernels* kernels_avx512_bf16_training();
+const Kernels* kernels_amx();
 
 }  // namespace spin

@@ -207,7 +207,7 @@ struct Layout {
         V::transpose(block);
         for (int64_t i = 0; i < smaller(kLanes, area - column); ++i) V::store(taps + (column + i) * kLanes, block[i]);
       }
-      if constexpr (V::kLineVectors == 2) {
+      if constexpr (V::kTapStep == 2) {
         for (int64_t size = 3; has_row_tiles(size); size += 2) {
           if (size * size == area) pair_taps(taps, size);
         }

@@ -11,13 +11,6 @@
 #include "taps_gradient.h"
 #include "weight_gradient.h"
 
-// Tells the compiler that a vector register is used and changed here.
-#if defined(__x86_64__)
-#define SPIN_KEEP(x) asm volatile("" : "+v"(x))
-#else
-#define SPIN_KEEP(x) asm volatile("" : "+w"(x))
-#endif
-
 namespace spin {
 
 template <class V>
@@ -29,33 +22,14 @@ void activate_all(Activation activation, const float* from, float* to, int64_t c
   });
 }
 
-template <class V>
-double multiply_add_loop(int64_t iterations) {
-  // More than latency x issue rate: with twelve, Zen 5 shows 92 % of the rate of its vdpbf16ps.
-  constexpr int kSums = V::kTileRows * V::kPanelVectors > 12 ? V::kTileRows * V::kPanelVectors : 12;
-  typename V::F sum[kSums], weight = V::set(1e-20f), unit = V::set(0.5f);
-#pragma GCC unroll 24
-  for (int i = 0; i < kSums; ++i) sum[i] = V::set(1e-8f);
-  for (int64_t n = 0; n < iterations; ++n) {
-#pragma GCC unroll 24
-    for (int i = 0; i < kSums; ++i) {
-      SPIN_KEEP(weight);  // or the compiler would see the same sum many times
-      sum[i] = V::mac(sum[i], weight, unit);
-    }
-  }
-#pragma GCC unroll 24
-  for (int i = 0; i < kSums; ++i) SPIN_KEEP(sum[i]);
-  return 2.0 * kSums * V::kLanes * V::kLineVectors * iterations;
-}
-
 // The products of a table. V: the chain; Operand: what is multiplied.
-template <class V, class Operand>
+template <class V, class Operand, template <class, class> class P = Product>
 constexpr void set_products(Kernels& kernels) {
   kernels.operand = Operand::kChain;
-  kernels.product = Product<Operand, V>::run;
-  if constexpr (Operand::kChain == V::kChain) kernels.panel_product = Product<Operand, V>::run_panel;
+  kernels.product = P<Operand, V>::run;
+  if constexpr (Operand::kChain == V::kChain) kernels.panel_product = P<Operand, V>::run_panel;
   if constexpr (Operand::kChain == V::kChain && V::kChain == DType::kFloat32) kernels.token_sums = token_sums<V>;
-  kernels.pack_panels = Product<Operand, V>::pack_panels;
+  kernels.pack_panels = P<Operand, V>::pack_panels;
   kernels.pack_rows = Layout<Operand>::pack_rows;
   if constexpr (V::kChain == DType::kFloat32) {
     if constexpr (Operand::kChain != DType::kFloat32) kernels.pack_gradient = WeightGradient<Operand>::pack;
@@ -64,7 +38,7 @@ constexpr void set_products(Kernels& kernels) {
   }
 }
 
-template <class V>
+template <class V, template <class, class> class P = Product>
 constexpr Kernels make_kernels(const char* name) {
   Kernels kernels{
       .name = name,
@@ -81,10 +55,10 @@ constexpr Kernels make_kernels(const char* name) {
       .load_patches = Layout<V>::load_patches,
       .sum_tokens = Layout<V>::sum_tokens,
       .mean = Layout<V>::mean,
-      .multiply_add_loop = multiply_add_loop<V>,
+      .multiply_add_loop = P<V, V>::multiply_add_loop,
       .activate = activate_all<V>,
   };
-  set_products<V, V>(kernels);
+  set_products<V, V, P>(kernels);
   if constexpr (V::kChain == DType::kFloat32) {
     kernels.transform = Elementwise<V>::transform;
     kernels.moments = Elementwise<V>::moments;

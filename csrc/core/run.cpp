@@ -88,6 +88,7 @@ class Runner {
 
     Team team(threads_);
     parallel_.run(threads_, [&](int thread) {
+      if (k_.enter) k_.enter();
       for (size_t i = 0; i < segments.size(); ++i) {
         if (weights_) pack(team, thread, segments[i]);
         team.phase(thread, schedule_.alone, [&](int64_t index) {
@@ -105,6 +106,7 @@ class Runner {
         }
       }
       if (shape_.whole()) classifier_.classify(team, thread, products_);
+      if (k_.leave) k_.leave();
     });
   }
 

@@ -15,6 +15,7 @@ struct Avx2 {
   static constexpr int kTileSteps = 8;  // unrolled
   static constexpr int kRowColumns = 8;
   static constexpr int kLineVectors = 1;
+  static constexpr int kTapStep = 1;  // taps of a depthwise row that a step takes
   static constexpr DType kChain = DType::kFloat32;
 
   static SPIN_INLINE F zero() { return _mm256_setzero_ps(); }

@@ -15,6 +15,7 @@ struct Avx512 {
   static constexpr int kTileSteps = 4;    // unrolled
   static constexpr int kRowColumns = 16;  // outputs of a depthwise row held in registers
   static constexpr int kLineVectors = 1;
+  static constexpr int kTapStep = 1;  // taps of a depthwise row that a step takes
   static constexpr DType kChain = DType::kFloat32;
 
   static SPIN_INLINE F zero() { return _mm512_setzero_ps(); }
@@ -125,6 +126,7 @@ struct Avx512 {
 // The same with activations and weights kept in bf16 and vdpbf16ps for the product: pairs of channels.
 struct Avx512Bf16 : Avx512 {
   static constexpr int kLineVectors = 2;
+  static constexpr int kTapStep = 2;
   static constexpr DType kChain = DType::kBFloat16;
   static SPIN_INLINE F mac(F sum, F weights, F unit) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weights), reinterpret_cast<__m512bh>(unit));

@@ -14,6 +14,7 @@ struct Portable {
   static constexpr int kTileSteps = 4;
   static constexpr int kRowColumns = 8;
   static constexpr int kLineVectors = 1;
+  static constexpr int kTapStep = 1;  // taps of a depthwise row that a step takes
   static constexpr DType kChain = DType::kFloat32;
 
   static SPIN_INLINE F zero() { return F{}; }

@@ -212,6 +212,7 @@ py::dict features() {
   d["avx2_fma"] = cpu.avx2_fma;
   d["avx512"] = cpu.avx512;
   d["avx512_bf16"] = cpu.avx512_bf16;
+  d["amx_bf16"] = cpu.amx_bf16;
   d["isas"] = available_isas();
   d["float32_kernels"] = select_kernels(DType::kFloat32, "").name;
   d["bfloat16_kernels"] = select_kernels(DType::kBFloat16, "").name;
