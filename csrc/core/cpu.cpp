@@ -15,8 +15,7 @@ namespace spin {
 namespace {
 
 #if defined(__x86_64__)
-// A system gives the state of tiles, 8 KB per thread, to processes that ask for it. They need not be on Linux 5.16 or
-// newer: an older one has no such call, and no tiles.
+// Linux gives tiles, 8 KB of state per thread, to processes that ask for them; before 5.16 nobody has them.
 bool may_use_tiles() {
   unsigned a, b, c, d;
   constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
@@ -87,8 +86,8 @@ const Kernels& select_kernels(DType type, const std::string& isa) {
   if (chosen.empty()) {
     chosen = names.back();
     // vdpbf16ps does two multiply-adds per lane. Zen 4 and 5 issue it as often as a float32 multiply-add;
-    // An Emerald Rapids without AMX issues it a quarter as often (measured: 100 against 195 GFLOP/s on one
-    // core), and so, we assume, do its relatives: there bf16 is faster, and more precise, in the float32 kernels.
+    // an Emerald Rapids a quarter as often (measured: 100 against 195 GFLOP/s on one core without AMX, 83 against 171
+    // with it), and so, we assume, do its relatives: there bf16 is faster, and more precise, in the float32 kernels.
     if (chosen == "avx512_bf16" && cpu_features().vendor != "amd") chosen = "avx512";
   } else if (std::find(names.begin(), names.end(), chosen) == names.end()) {
     std::string list;
@@ -105,7 +104,7 @@ const Kernels& select_kernels(DType type, const std::string& isa) {
 
 const Kernels& select_training_kernels(DType type, const std::string& isa) {
   const Kernels& kernels = select_kernels(type, isa);
-  if (&kernels == kernels_amx()) return *kernels_avx512();
+  if (&kernels == kernels_amx()) return *kernels_avx512();  // products of training know no tiles
   return kernels.chain == DType::kFloat32 ? kernels : *kernels_avx512_bf16_training();
 }
 

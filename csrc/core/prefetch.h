@@ -14,8 +14,10 @@ class Prefetch {
  public:
   SPIN_INLINE Prefetch(const Ahead& ahead, int64_t steps)
       : next_(ahead.data), end_(ahead.data + ahead.bytes), lines_per_step_(ceil_div(ahead.bytes / kCacheLine, steps)) {}
+  template <int kLocality = 3>  // 3: into L1, 2: into L2
   SPIN_INLINE void step() {
-    for (int64_t i = 0; i < lines_per_step_ && next_ < end_; ++i, next_ += kCacheLine) __builtin_prefetch(next_, 0, 3);
+    for (int64_t i = 0; i < lines_per_step_ && next_ < end_; ++i, next_ += kCacheLine)
+      __builtin_prefetch(next_, 0, kLocality);
   }
 
  private:

@@ -5,12 +5,16 @@
 //   frozen         16 tokens of a line of y    a vector of output channels      [token][channel]
 //   plain rows     16 rows of the matrix       a vector of a panel of tokens    [channel][token], to be transposed
 //
-// A step multiplies up to two of A with two of B: four loads and four products, 32 and 64 clocks. Products of tiles
-// wait for nothing that vectors do, so finishing 32 x 32 sums (64 vectors of activations, 450 clocks of gelu) happens
-// between the steps for the next ones: a little in each, because a core sees no further ahead than two steps.
+// A step multiplies up to two of A with two of B: four loads and four products, 32 and 64 clocks.
 //
 // Cost: tokens * channels * channels / (16 * 16 * 32) products of tiles, 16 clocks each. Both operands come from L2,
-// 4 KB a step.
+// 4 KB a step. Two cores of an Emerald Rapids, 4.5 TFLOP/s in registers: steps alone reach 3.5, the product with gelu
+// 2.4 at 768 and 1024 channels and 2.05 at 256 (float32 kernels 0.33). Of no help there: finishing sums between the
+// steps of the next tile (0.99 and 0.92 of these rates), asking for the tokens of the next step (0.96) or of the one
+// after it (0.9). Where one computes on tiles alone for longer, the processor slows them down to two or one third for
+// 10 ms to seconds. So float32 in three pieces of bf16, six products of tiles in the place of one and sums more exact
+// than float32's own, took 0.84 to 1.15 of the time of Strassen's product in whole networks, for all that alone it
+// reached 0.7 TFLOP/s before it was slowed down.
 //
 // Tokens in excess of whole tiles are taken again with the last ones before them: other shapes of tiles take 100 ns to
 // set. Channels in excess of whole lines are copied, zeros behind them: what lies there may be NaN.
@@ -27,7 +31,6 @@ struct TileProduct : Product<V, Out> {
   using Base::kLineBytes, Base::kLineChannels, Base::kUnits;
   using typename Base::F;
   static constexpr int64_t kRows = V::kTileRows;  // of a tile
-  static constexpr int64_t kFinished = 8;         // vectors of sums, per step
 
   // Rows of A, a line of channels after the other.
   struct Rows {
@@ -52,16 +55,15 @@ struct TileProduct : Product<V, Out> {
     }
   }
 
-  // sums[row][vector][lane] of some rows and a panel; `meanwhile` is called once per line.
-  template <int kRowTiles, int kVectors, class Meanwhile>
-  static SPIN_INLINE void tile(const Rows& rows, int64_t channels, const char* panel, float* sums,
-                               const Meanwhile& meanwhile) {
+  // sums[row][vector][lane] of some rows and a panel.
+  template <int kRowTiles, int kVectors>
+  static SPIN_INLINE void tile(const Rows& rows, int64_t channels, const char* panel, float* sums, Prefetch& prefetch) {
     V::template clear<0>(), V::template clear<1>(), V::template clear<2>(), V::template clear<3>();
     const int64_t lines = channels / kLineChannels, rest = channels % kLineChannels;
     const char* row = rows.first;
     for (int64_t line = 0; line < lines; ++line, row += rows.line_stride, panel += kUnits * kVectors * kLineBytes) {
       step<kRowTiles, kVectors>(row, rows.row_stride, panel);
-      meanwhile();
+      prefetch.step<2>();  // L1 has no place for a panel beside what a step reads
     }
     if (rest) {
       alignas(64) char a[kRowTiles * kRows * kLineBytes], b[kUnits * kVectors * kLineBytes] = {};
@@ -92,7 +94,7 @@ struct TileProduct : Product<V, Out> {
   static SPIN_INLINE void panel_of(const ProductArgs& a, const char* panel, float* sums, Prefetch& prefetch) {
     alignas(64) float by_row[kRows * kVectors * V::kLanes];
     tile<1, kVectors>({a.weights, a.output_channels, a.row_stride, kLineBytes}, a.input_channels, panel, by_row,
-                      [&]() __attribute__((always_inline)) { prefetch.step(); });
+                      prefetch);
     for (int v = 0; v < kVectors; ++v) {
       F block[V::kLanes];
 #pragma GCC unroll 16
@@ -130,59 +132,20 @@ struct TileProduct : Product<V, Out> {
 
   // ---- a panel of a matrix, tokens as they lie ----
 
-  // The sums of up to 32 tokens on their way out.
   template <int kVectors, Activation kActivation>
-  class Finisher {
-   public:
-    explicit SPIN_INLINE Finisher(const ProductTarget& to) : to_(to) {}
-
-    // Of the next tokens; those of the last ones are not touched until they are finished.
-    SPIN_INLINE float* sums() { return sums_[next_]; }
-    // The next become the last.
-    SPIN_INLINE void begin(int64_t token, int64_t output, int64_t tokens) {
-      while (vector_ < kVectors) step();
-      for (int v = 0; v < kVectors; ++v) {
-        args_[v] =
-            Base::epilogue_args(to_, v, token, output, tokens, sums_[next_] + v * V::kLanes, kVectors * V::kLanes);
-      }
-      tokens_ = tokens, vector_ = 0, done_ = 0, next_ = !next_;
-    }
-    SPIN_INLINE void step() {
-      if (vector_ == kVectors) return;
-      EpilogueArgs& args = args_[vector_];
-      args.rows = tokens_ - done_ < kFinished ? tokens_ - done_ : kFinished;
-      epilogue<Out, kActivation, false, V>(args);
-      args.sums += args.rows * args.sum_stride, args.output += args.rows * kLineBytes;
-      if (args.residual) args.residual += args.rows * kLineBytes;
-      done_ += args.rows;
-      if (done_ == tokens_) ++vector_, done_ = 0;
-    }
-    SPIN_INLINE void finish() {
-      while (vector_ < kVectors) step();
-    }
-
-   private:
-    const ProductTarget& to_;
-    EpilogueArgs args_[kVectors];
-    int64_t tokens_ = 0, done_ = 0;
-    int vector_ = kVectors, next_ = 0;
-    alignas(64) float sums_[2][2 * kRows * kVectors * V::kLanes];
-  };
-
-  template <int kVectors, Activation kActivation>
-  static __attribute__((noinline)) void panel_of(const PanelProductArgs& a) {
+  static __attribute__((noinline)) void panel_tokens(const PanelProductArgs& a) {
     int64_t all_tiles = 0;
     for (int64_t s = 0; s < a.spans_count; ++s) all_tiles += ceil_div(a.spans[s].tokens, 2 * kRows);
     Prefetch prefetch(a.to.ahead, all_tiles * ceil_div(a.input_channels, kLineChannels));
-    Finisher<kVectors, kActivation> finisher(a.to);
-    auto meanwhile = [&]() __attribute__((always_inline)) {
-      prefetch.step();
-      finisher.step();
-    };
+    alignas(64) float sums[2 * kRows * kVectors * V::kLanes];
     auto tokens = [&]<int kRowTiles>(const TokenSpan& span, int64_t first, int64_t count) {
-      const Rows rows{a.input + (span.token + first) * kLineBytes, count, kLineBytes, a.input_stride};
-      tile<kRowTiles, kVectors>(rows, a.input_channels, a.panel, finisher.sums(), meanwhile);
-      finisher.begin(span.token + first, span.output + first * kLineBytes, count);
+      const int64_t token = span.token + first;
+      tile<kRowTiles, kVectors>({a.input + token * kLineBytes, count, kLineBytes, a.input_stride}, a.input_channels,
+                                a.panel, sums, prefetch);
+      for (int v = 0; v < kVectors; ++v) {
+        epilogue<Out, kActivation, false, V>(Base::epilogue_args(a.to, v, token, span.output + first * kLineBytes,
+                                                                 count, sums + v * V::kLanes, kVectors * V::kLanes));
+      }
     };
     for (int64_t s = 0; s < a.spans_count; ++s) {
       const TokenSpan& span = a.spans[s];
@@ -203,15 +166,14 @@ struct TileProduct : Product<V, Out> {
         first = from + count;
       }
     }
-    finisher.finish();
   }
 
   static void run_panel(const PanelProductArgs& a) {
     with_activation(a.to.activation, [&](auto activation) {
       if (a.vectors == 1) {
-        panel_of<1, decltype(activation)::value>(a);
+        panel_tokens<1, decltype(activation)::value>(a);
       } else {
-        panel_of<2, decltype(activation)::value>(a);
+        panel_tokens<2, decltype(activation)::value>(a);
       }
     });
   }
