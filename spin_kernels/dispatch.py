@@ -253,7 +253,7 @@ def explain(op: Any, *args: Any, **kwargs: Any) -> Explanation:
     if choice.backend == "cpu":
         # What makes weights computes in float32, whatever their type.
         dtype = str(arguments[0].dtype).removeprefix("torch.") if family == "mixer" else "float32"
-        kernel = f"{kernel}, {torch.ops.spin._cpu_isa(dtype)}"
+        kernel = f"{kernel}, {torch.ops.spin._cpu_isa(dtype, trains)}"
     return Explanation(name, choice.backend, kernel, choice.reason, backward)
 
 

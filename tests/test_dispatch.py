@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spin_kernels import dispatch, functional
+from spin_kernels import dispatch, functional, spin_runtime
 
 spin = torch.ops.spin
 
@@ -139,6 +139,15 @@ def test_explain_under_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         kernel = dispatch.explain("shared_mixer_block", **mixer_arguments()).kernel
     assert kernel == f"_mixer_cpu, {spin._cpu_isa('bfloat16')}"
+
+
+@pytest.mark.parametrize("isa", spin_runtime.cpu_features()["isas"])
+def test_explain_names_the_kernels_of_training(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPIN_CPU_ISA", isa)
+    arguments = mixer_arguments(dtype=torch.bfloat16)
+    assert dispatch.explain("shared_mixer_block", **arguments).kernel == f"_mixer_cpu, {isa}"
+    kernel = dispatch.explain("shared_mixer_block_train", **arguments).kernel
+    assert kernel == f"_mixer_train_cpu, {'avx512' if isa == 'amx' else isa}"  # training knows no tiles
 
 
 def test_explain_refuses_what_the_call_would() -> None:

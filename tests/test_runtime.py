@@ -83,6 +83,11 @@ REGIMES: dict[str, list[dict[str, Any]]] = {
         for k in (1, 3, 5, 7, 9, 11, 13, 31)
         for W in (8, 9, 12, 15, 16, 17, 18, 23, 24, 25, 31, 32, 33, 34, 47, 48, 49, 65)
     ],
+    "tiles": [  # of 8, 16 and 32 tokens, and of 32 channels
+        {"B": 1, "C": C, "H": 1, "W": W, "D": 2, "pw_residual": True}
+        for W in (7, 8, 9, 15, 16, 17, 31, 32, 33, 47, 48, 49, 98)
+        for C in (31, 32, 33, 63, 96)
+    ],
     "batches": [{"B": B, "C": 9, "D": D} for B in (0, 1, 2, 3, 5) for D in (0, 1, 2, 3, 4)],
     "activations": [{"activation": name, "C": 33, "bias": bias} for name in ACTIVATIONS for bias in (True, False)],
     "sharing": [

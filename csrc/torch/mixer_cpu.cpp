@@ -232,9 +232,9 @@ Tensor frozen_network(const Tensor& image, const Tensor& packed, int64_t num_cla
   return logits;
 }
 
-std::string cpu_isa(std::string dtype) {
+std::string cpu_isa(std::string dtype, bool training) {
   const DType type = dtype == "bfloat16" ? DType::kBFloat16 : dtype == "float16" ? DType::kFloat16 : DType::kFloat32;
-  return select_kernels(type, forced_isa()).name;
+  return (training ? select_training_kernels : select_kernels)(type, forced_isa()).name;
 }
 
 int64_t release_workspace() { return Workspace::release_pool(); }

@@ -65,7 +65,7 @@ STABLE_TORCH_LIBRARY(spin, m) {
   m.def("_frozen_mixer(Tensor x, Tensor packed) -> Tensor");
   m.def("_pack_network(" ENDS MIXER_WEIGHTS ") -> Tensor");
   m.def("_frozen_network(Tensor image, Tensor packed, int num_classes) -> Tensor");
-  m.def("_cpu_isa(str dtype) -> str");
+  m.def("_cpu_isa(str dtype, bool training=False) -> str");
   m.def("_release_workspace() -> int");
 
   // The CUDA kernel, where its library is built and loaded.
