@@ -95,9 +95,9 @@ const Kernels& select_kernels(DType type, const std::string& isa) {
     throw std::runtime_error("SPIN_CPU_ISA: expected one of " + list + " on this processor, got '" + chosen +
                              "'; unset it or choose one of these");
   }
-  if (chosen == "amx" && type == DType::kBFloat16) return *kernels_amx();
+  if (chosen == "amx") return type == DType::kBFloat16 ? *kernels_amx() : *kernels_avx512();
   if (chosen == "avx512_bf16") return type == DType::kBFloat16 ? *kernels_avx512_bf16() : *kernels_avx512();
-  if (chosen == "avx512" || chosen == "amx") return *kernels_avx512();
+  if (chosen == "avx512") return *kernels_avx512();
   if (chosen == "avx2") return *kernels_avx2();
   return *kernels_portable();
 }

@@ -212,11 +212,17 @@ struct Product {
       store_tile_of<kVectors>(rows, {a.weights + row * a.row_stride, a.row_stride, kLineBytes}, a.input_channels, panel,
                               by_row + row * kVectors * V::kLanes, prefetch);
     }
+    by_token<kVectors>(by_row, a.output_channels, sums);
+  }
+
+  // sums[token][channel] from sums[channel][vector of tokens][lane].
+  template <int kVectors>
+  static SPIN_INLINE void by_token(const float* by_row, int64_t output_channels, float* sums) {
     for (int v = 0; v < kVectors; ++v) {
       F block[V::kLanes];
 #pragma GCC unroll 16
       for (int r = 0; r < V::kLanes; ++r) {
-        block[r] = r < a.output_channels ? V::load(by_row + (r * kVectors + v) * V::kLanes) : V::zero();
+        block[r] = r < output_channels ? V::load(by_row + (r * kVectors + v) * V::kLanes) : V::zero();
       }
       V::transpose(block);
 #pragma GCC unroll 16
@@ -224,7 +230,11 @@ struct Product {
     }
   }
 
-  static void run(const ProductArgs& a) {
+  static void run(const ProductArgs& a) { run_as<Product>(a); }
+
+  // With the panel_of of `Self`.
+  template <class Self>
+  static SPIN_INLINE void run_as(const ProductArgs& a) {
     alignas(64) float sums[V::kPanelVectors * V::kLanes * V::kLanes];
     const Panels panels(a.tokens, V::kLanes, V::kPanelVectors);
     const int64_t lines = ceil_div(a.input_channels, kLineChannels);
@@ -234,11 +244,11 @@ struct Product {
         const int64_t first = panels.begin(p), vectors = panels.begin(p + 1) - first;
         const char* panel = a.panels + first * lines * kUnits * kLineBytes;
         if (vectors == 1) {
-          panel_of<1>(a, panel, sums, prefetch);
+          Self::template panel_of<1>(a, panel, sums, prefetch);
         } else if (vectors == 2) {
-          panel_of<2>(a, panel, sums, prefetch);
+          Self::template panel_of<2>(a, panel, sums, prefetch);
         } else if constexpr (V::kPanelVectors > 2) {
-          panel_of<3>(a, panel, sums, prefetch);
+          Self::template panel_of<3>(a, panel, sums, prefetch);
         }
         const int64_t token = first * V::kLanes, left = a.tokens - token, full = vectors * V::kLanes;
         epilogue<Out, decltype(activation)::value, false, V>(

@@ -29,7 +29,6 @@ template <class V, class Out>
 struct TileProduct : Product<V, Out> {
   using Base = Product<V, Out>;
   using Base::kLineBytes, Base::kLineChannels, Base::kUnits;
-  using typename Base::F;
   static constexpr int64_t kRows = V::kTileRows;  // of a tile
 
   // Rows of A, a line of channels after the other.
@@ -70,7 +69,7 @@ struct TileProduct : Product<V, Out> {
       for (int64_t r = 0; r < rows.count; ++r) {
         V::store(a + r * kLineBytes, V::load_channels(row + r * rows.row_stride, rest));
       }
-      for (int64_t i = 0; i < rest * kVectors / 2; ++i) V::store(b + i * kLineBytes, V::load(panel + i * kLineBytes));
+      for (int64_t i = 0; i < rest / 2 * kVectors; ++i) V::store(b + i * kLineBytes, V::load(panel + i * kLineBytes));
       if (rest % 2) {
         for (int64_t i = rest / 2 * kVectors; i < (rest / 2 + 1) * kVectors; ++i) {
           V::store(b + i * kLineBytes, V::first_of_pair(V::load(panel + i * kLineBytes)));
@@ -95,38 +94,12 @@ struct TileProduct : Product<V, Out> {
     alignas(64) float by_row[kRows * kVectors * V::kLanes];
     tile<1, kVectors>({a.weights, a.output_channels, a.row_stride, kLineBytes}, a.input_channels, panel, by_row,
                       prefetch);
-    for (int v = 0; v < kVectors; ++v) {
-      F block[V::kLanes];
-#pragma GCC unroll 16
-      for (int r = 0; r < V::kLanes; ++r) {
-        block[r] = r < a.output_channels ? V::load(by_row + (r * kVectors + v) * V::kLanes) : V::zero();
-      }
-      V::transpose(block);
-#pragma GCC unroll 16
-      for (int t = 0; t < V::kLanes; ++t) V::store(sums + (v * V::kLanes + t) * V::kLanes, block[t]);
-    }
+    Base::template by_token<kVectors>(by_row, a.output_channels, sums);
   }
 
   static void run(const ProductArgs& a) {
-    alignas(64) float sums[2 * V::kLanes * V::kLanes];
-    const Panels panels(a.tokens, V::kLanes, V::kPanelVectors);
-    const int64_t lines = ceil_div(a.input_channels, kLineChannels);
-    Prefetch prefetch(a.to.ahead, panels.count * lines);
     if (a.output_channels < kRows) V::set_rows(a.output_channels);
-    with_activation(a.to.activation, [&](auto activation) {
-      for (int64_t p = 0; p < panels.count; ++p) {
-        const int64_t first = panels.begin(p), vectors = panels.begin(p + 1) - first;
-        const char* panel = a.panels + first * lines * kUnits * kLineBytes;
-        if (vectors == 1) {
-          panel_of<1>(a, panel, sums, prefetch);
-        } else {
-          panel_of<2>(a, panel, sums, prefetch);
-        }
-        const int64_t token = first * V::kLanes, left = a.tokens - token, full = vectors * V::kLanes;
-        epilogue<Out, decltype(activation)::value, false, V>(
-            Base::epilogue_args(a.to, 0, token, token * kLineBytes, left < full ? left : full, sums, V::kLanes));
-      }
-    });
+    Base::template run_as<TileProduct>(a);
     if (a.output_channels < kRows) V::set_rows(kRows);
   }
 

@@ -8,7 +8,7 @@ namespace spin {
 struct Amx : Avx512Bf16 {
   static constexpr int kPanelVectors = 2;
   static constexpr int kTapStep = 1;  // processors with tiles issue vdpbf16ps half as often as a float multiply-add
-  static constexpr int64_t kTileRows = 16, kTileRowBytes = 64;
+  static constexpr int64_t kTileRows = 16;
 
   // What tiles hold. Until it is set they can't be used; setting it takes 100 ns and clears them.
   struct alignas(64) Shapes {
